@@ -1,0 +1,17 @@
+//! What things are. Every type here is valid once built; parsing happens in its constructor.
+
+pub mod address;
+pub mod device;
+pub mod name;
+pub mod position;
+pub mod record;
+pub mod service;
+
+pub use address::{AddressError, Family, Prefix, PrefixError, usable_address};
+pub use device::{Device, DeviceFamily, DeviceNumber, Endpoint, Lane, Rank, WireguardKey};
+pub use name::{
+    ClusterId, Hostname, NameError, Namespace, NamespacePattern, NodeName, PortName, ServiceName, SetName,
+};
+pub use position::Position;
+pub use record::{Record, RecordKey, Scope, record_kind};
+pub use service::{Backend, BackendGroup, Backends, Export, Port, Protocol, ServiceType};
