@@ -1,1 +1,13 @@
-//! Skeleton.
+//! What an agent decides: a world goes in, what should be comes out. No I/O, no clock, no randomness.
+//!
+//! Two pairs: a node's ([`world::NodeWorld`] to [`desired::NodeDesired`]) and the controller's
+//! ([`world::ClusterWorld`] to [`desired::ClusterDesired`]).
+#![forbid(unsafe_code)]
+
+pub mod desired;
+pub mod finding;
+pub mod known;
+pub mod object;
+pub mod plan;
+pub mod world;
+pub mod zone;

@@ -1,0 +1,183 @@
+//! What should be. Appliers make it so and decide nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU32;
+
+use serde::Serialize;
+use tombolo_proto::model::{
+    DeviceNumber, Endpoint, Family, NodeName, Prefix, Protocol, Record, RecordKey, Scope, WireguardKey,
+};
+
+use crate::known::{Objects, Section};
+use crate::object::{ExportStatus, Import, NodeKey, ServiceKey, Slice, SliceKey};
+use crate::world::Reach;
+use crate::zone::Zone;
+
+/// Mark that tunnel devices send with, so that their own packets are not sent into tunnels again.
+pub const MARK: u32 = 0x0100_0000;
+/// Bits of [`MARK`].
+pub const MARK_MASK: u32 = 0x0f00_0000;
+/// Table of routes to other clusters.
+pub const TABLE_OUT: u32 = 4510;
+/// Table for what came out of a tunnel.
+pub const TABLE_IN: u32 = 4520;
+/// Protocol number of our routes and rules.
+pub const ROUTE_PROTOCOL: u8 = 98;
+/// Priority of the rule into [`TABLE_OUT`].
+pub const PRIORITY_OUT: u32 = 100;
+/// Priority of the rules into [`TABLE_IN`].
+pub const PRIORITY_IN: u32 = 110;
+/// Metric of the route that keeps packets from leaving in clear.
+pub const METRIC_UNREACHABLE: u32 = u32::MAX;
+/// Metric of the routes that carry.
+pub const METRIC: u32 = 100;
+/// Where the resolver listens on a node.
+pub const DNS_PORT: u16 = 10053;
+
+/// What should be on a node.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NodeDesired {
+    /// Tunnel devices with their peers; a device exists while a peer needs it.
+    pub devices: Section<BTreeMap<DeviceNumber, TunnelDevice>>,
+    /// Routes of our tables.
+    pub routes: Section<BTreeSet<Route>>,
+    /// Rules of our priorities.
+    pub rules: Section<BTreeSet<Rule>>,
+    /// Our nft table.
+    pub firewall: Section<Firewall>,
+    /// What the resolver answers.
+    pub zone: Section<Zone>,
+}
+
+/// A device on this node. It listens on [`DeviceNumber::default_port`] and sends with [`MARK`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct TunnelDevice {
+    /// Bytes.
+    pub mtu: u16,
+    /// This node's tunnel addresses.
+    pub addresses: BTreeSet<IpAddr>,
+    /// By key of the peer's device.
+    pub peers: BTreeMap<WireguardKey, Peer>,
+}
+
+/// The other end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Peer {
+    /// Who it is.
+    pub node: NodeKey,
+    /// Where it may be, best first. Only for a peer that is new or dead: a live one roams.
+    pub candidates: Vec<SocketAddr>,
+    /// What it may send.
+    pub allowed: BTreeSet<Prefix>,
+    /// Its tunnel addresses, for echoes.
+    pub tunnel: BTreeSet<IpAddr>,
+}
+
+/// A route of ours.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Route {
+    /// [`TABLE_OUT`] or [`TABLE_IN`].
+    pub table: u32,
+    /// Where to.
+    pub prefix: Prefix,
+    /// How.
+    pub via: Via,
+    /// Source of this node's own packets.
+    pub source: Option<IpAddr>,
+}
+
+/// How a route carries.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum Via {
+    /// By these devices, flows spread evenly; [`METRIC`].
+    Devices(BTreeSet<DeviceNumber>),
+    /// Not at all, and never in clear; [`METRIC_UNREACHABLE`].
+    Unreachable,
+}
+
+/// A rule of ours.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Rule {
+    /// One rule a family.
+    pub family: Family,
+    /// Lower comes first.
+    pub priority: u32,
+    /// What it applies to.
+    pub selector: Selector,
+    /// Where to look.
+    pub table: u32,
+}
+
+/// What a rule applies to.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum Selector {
+    /// `not fwmark MARK/MARK_MASK`
+    NotMark,
+    /// `iif tombolo<n>`
+    Device(DeviceNumber),
+}
+
+/// The data of our nft table; its chains are static.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Firewall {
+    /// What may come in to own pods.
+    pub reach: Reach,
+    /// Own pod ranges.
+    pub own: BTreeSet<Prefix>,
+    /// Pod ranges on this node: the rest of `own` is transit here.
+    pub local: BTreeSet<Prefix>,
+    /// Foreign pod and tunnel ranges.
+    pub remote: BTreeSet<Prefix>,
+    /// This node's tunnel addresses.
+    pub tunnel: BTreeSet<IpAddr>,
+    /// Own tunnel ranges: echo requests to them may come in.
+    pub own_tunnel: BTreeSet<Prefix>,
+    /// Devices to other clusters that may exist.
+    pub out_devices: BTreeSet<DeviceNumber>,
+    /// Devices to own nodes that may exist.
+    pub in_devices: BTreeSet<DeviceNumber>,
+    /// Own exported (address, protocol, port), only of backends on this node's `local` ranges.
+    pub exported: BTreeSet<(IpAddr, Protocol, u16)>,
+    /// ClusterSetIPs balanced here (a directory's); empty under Kubernetes.
+    pub vips: BTreeMap<Vip, Balance>,
+    /// Addresses on which pods ask for names; sent to [`DNS_PORT`] of this node.
+    pub resolvers: BTreeSet<IpAddr>,
+    /// MTU inside the tunnels, for clamping.
+    pub mtu: u16,
+}
+
+/// A virtual address and port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Vip {
+    /// A ClusterSetIP.
+    pub address: IpAddr,
+    /// Transport.
+    pub protocol: Protocol,
+    /// The service's port.
+    pub port: u16,
+}
+
+/// Where a VIP's connections go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Balance {
+    /// Eligible backends; none refuses connections. At most 64 are used.
+    pub backends: BTreeSet<(IpAddr, u16)>,
+    /// A client stays with a backend for so many seconds.
+    pub affinity: Option<NonZeroU32>,
+}
+
+/// What should be in the cluster, as its controller writes it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ClusterDesired {
+    /// What the cluster states. Keep: state nothing new.
+    pub records: Section<BTreeMap<Scope, BTreeMap<RecordKey, Record>>>,
+    /// Own nodes as in `records`, for the own MemberNodes.
+    pub nodes: Section<BTreeMap<NodeName, Endpoint>>,
+    /// ServiceImports.
+    pub imports: Section<Objects<ServiceKey, Import>>,
+    /// Imported EndpointSlices.
+    pub slices: Section<Objects<SliceKey, Slice>>,
+    /// Statuses of the users' ServiceExports.
+    pub statuses: Section<BTreeMap<ServiceKey, ExportStatus>>,
+}

@@ -1,0 +1,175 @@
+//! Objects of the cluster's API as plans see them: parsed, bounded, free of Kubernetes types.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+use std::num::NonZeroU32;
+
+use serde::{Deserialize, Serialize};
+use tombolo_proto::model::{
+    Backend, BackendGroup, ClusterId, Device, DeviceNumber, Family, Namespace, NodeName, Port, Prefix,
+    ServiceName, ServiceType,
+};
+
+/// Names a service in every cluster of the set (namespace sameness, KEP-1645).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ServiceKey {
+    /// Its namespace.
+    pub namespace: Namespace,
+    /// Its name.
+    pub name: ServiceName,
+}
+
+impl fmt::Display for ServiceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// v1 Node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// Label `tombolo.dev/gateway=true`.
+    pub gateway: bool,
+    /// Condition Ready; a Node without conditions (a directory's) is ready.
+    pub ready: bool,
+    /// `spec.podCIDRs`
+    pub pod_cidrs: BTreeSet<Prefix>,
+    /// `status.addresses` of types InternalIP and ExternalIP, in order.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// What a service is, as far as an export depends on it (v1 Service).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    /// How it would be exported.
+    pub kind: LocalKind,
+    /// Its ports.
+    pub ports: Vec<Port>,
+    /// `spec.ipFamilies`; never empty.
+    pub families: Vec<Family>,
+    /// `sessionAffinity: ClientIP`, seconds.
+    pub affinity: Option<NonZeroU32>,
+    /// `internalTrafficPolicy: Local`
+    pub internal_local: bool,
+    /// `trafficDistribution`
+    pub traffic_distribution: Option<String>,
+}
+
+/// Type of a local service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LocalKind {
+    /// ClusterIP, NodePort, LoadBalancer.
+    ClusterIP,
+    /// `clusterIP: None`
+    Headless,
+    /// Cannot be exported.
+    ExternalName,
+    /// Derived from an import by us (label of ours): never exported.
+    Derived,
+}
+
+/// multicluster.x-k8s.io ServiceExport.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServiceExport {
+    /// `spec.exportedLabels`
+    pub labels: BTreeMap<String, String>,
+    /// `spec.exportedAnnotations`
+    pub annotations: BTreeMap<String, String>,
+    /// `metadata.creationTimestamp`, unix seconds.
+    pub created: u64,
+}
+
+/// tombolo.dev TunnelNode: what a node says of itself. Written by that node alone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelNode {
+    /// Its devices' keys and ports, all lane-0 numbers, made at first start.
+    pub devices: BTreeMap<DeviceNumber, Device>,
+    /// Where it may be reached, best first.
+    pub candidates: Vec<IpAddr>,
+    /// Pod ranges on it.
+    pub prefixes: BTreeSet<Prefix>,
+}
+
+/// multicluster.x-k8s.io ServiceImport: a derived service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Import {
+    /// ClusterSetIP or Headless.
+    pub kind: ServiceType,
+    /// Merged ports: unique by name and by (protocol, port).
+    pub ports: Vec<Port>,
+    /// ClusterSetIPs, one a family, in the order of `families`; none for Headless.
+    pub ips: Vec<IpAddr>,
+    /// Never empty.
+    pub families: Vec<Family>,
+    /// `sessionAffinity: ClientIP`, seconds.
+    pub affinity: Option<NonZeroU32>,
+    /// `internalTrafficPolicy: Local`
+    pub internal_local: bool,
+    /// `trafficDistribution`
+    pub traffic_distribution: Option<String>,
+    /// Of the exports.
+    pub labels: BTreeMap<String, String>,
+    /// Of the exports.
+    pub annotations: BTreeMap<String, String>,
+    /// `status.clusters`
+    pub clusters: BTreeSet<ClusterId>,
+}
+
+/// Names an imported EndpointSlice.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SliceKey {
+    /// Of which derived service.
+    pub service: ServiceKey,
+    /// Label `multicluster.kubernetes.io/source-cluster`.
+    pub source: ClusterId,
+    /// `addressType`
+    pub family: Family,
+    /// Counts the slices of the three above.
+    pub index: u32,
+}
+
+/// An imported EndpointSlice: one source cluster, one family, one set of ports.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slice {
+    /// Target ports, named as the import's ports.
+    pub ports: Vec<Port>,
+    /// At most 100.
+    pub backends: Vec<Backend>,
+}
+
+/// Backends of a local service, out of all its EndpointSlices.
+pub type LocalBackends = Vec<BackendGroup>;
+
+/// Status of a ServiceExport: condition type to (status, reason, message), reasons as in mcs-api v0.5.0.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ExportStatus {
+    /// `Valid`, `Ready`, `Conflict`.
+    pub conditions: BTreeMap<String, Condition>,
+}
+
+/// A condition without its times, which the shell keeps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Condition {
+    /// True or False.
+    pub status: bool,
+    /// CamelCase.
+    pub reason: String,
+    /// For people.
+    pub message: String,
+}
+
+/// Names a node of a cluster.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NodeKey {
+    /// Of which cluster.
+    pub cluster: ClusterId,
+    /// Its name there.
+    pub node: NodeName,
+}
+
+impl fmt::Display for NodeKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.cluster, self.node)
+    }
+}

@@ -1,0 +1,126 @@
+//! What is known of the outside, parsed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use tombolo_proto::model::{Backends, ClusterId, Endpoint, Export, Namespace, NodeName, Position, Prefix};
+use tombolo_proto::trust;
+
+use crate::known::Known;
+use crate::object::{
+    Import, LocalBackends, Node, Service, ServiceExport, ServiceKey, Slice, SliceKey, TunnelNode,
+};
+
+/// Which foreign traffic may come to own pods.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Reach {
+    /// Exported (address, protocol, port) only.
+    #[default]
+    Exports,
+    /// Every pod.
+    All,
+}
+
+/// Where ClusterSetIPs come from in a directory; local to the cluster. Kubernetes gives them itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+pub struct ClustersetRanges {
+    /// Default 198.19.0.0/16; its first address is the resolver's.
+    pub v4: Option<Ipv4Net>,
+    /// Default fd19:746f:6d62::/112; its first address is the resolver's.
+    pub v6: Option<Ipv6Net>,
+}
+
+impl ClustersetRanges {
+    /// What pods ask for names, port 53: the first address of each range.
+    pub fn resolvers(&self) -> impl Iterator<Item = IpAddr> {
+        let v4 = self.v4.and_then(|net| net.hosts().next()).map(IpAddr::V4);
+        let v6 = self.v6.map(|net| IpAddr::V6((u128::from(net.network()) + 1).into()));
+        v4.into_iter().chain(v6)
+    }
+}
+
+/// A member as nodes use it: effective ranges, and the nodes it states.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemberNodes {
+    /// Effective pod ranges.
+    pub owned: BTreeSet<Prefix>,
+    /// Effective tunnel ranges.
+    pub tunnel: BTreeSet<Prefix>,
+    /// Its nodes, as stated; plans take only what lies in the ranges.
+    pub nodes: BTreeMap<NodeName, Endpoint>,
+}
+
+/// All that a node's plan depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeWorld {
+    /// The own cluster.
+    pub cluster: ClusterId,
+    /// This node.
+    pub node: NodeName,
+    /// What foreign traffic may come in.
+    pub reach: Reach,
+    /// Where directory VIPs come from; None under Kubernetes, where Services carry them.
+    pub clusterset: Option<ClustersetRanges>,
+    /// MTU of the links that tunnels run over, bytes.
+    pub underlay_mtu: u16,
+    /// Families that this node can send outer packets in.
+    pub underlay: BTreeSet<tombolo_proto::model::Family>,
+    /// Every member, the own one too, verified again on this node. Unknown before the first full reading.
+    pub members: Known<BTreeMap<ClusterId, MemberNodes>>,
+    /// ServiceImports of the own API.
+    pub imports: Known<BTreeMap<ServiceKey, Import>>,
+    /// Imported EndpointSlices of the own API, the own cluster's too.
+    pub slices: Known<BTreeMap<SliceKey, Slice>>,
+}
+
+/// What another cluster has stated, verified and checked against its grant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Foreign {
+    /// Its right to speak, and its effective ranges.
+    pub member: trust::Member,
+    /// Where it has come to.
+    pub position: Position,
+    /// Its nodes.
+    pub nodes: BTreeMap<NodeName, Endpoint>,
+    /// Its exports in namespaces that exist here.
+    pub exports: BTreeMap<ServiceKey, Export>,
+    /// Backends of its exports, by shard.
+    pub backends: BTreeMap<ServiceKey, BTreeMap<u32, Backends>>,
+    /// Scopes whose records are not here yet: their services stay as they are.
+    pub unknown_namespaces: BTreeSet<Namespace>,
+}
+
+/// All that the controller's plan depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClusterWorld {
+    /// The own cluster.
+    pub cluster: ClusterId,
+    /// The own right to speak.
+    pub own: trust::Member,
+    /// See [`NodeWorld::clusterset`].
+    pub clusterset: Option<ClustersetRanges>,
+    /// Nodes.
+    pub nodes: Known<BTreeMap<NodeName, Node>>,
+    /// What nodes say of themselves.
+    pub tunnel_nodes: Known<BTreeMap<NodeName, TunnelNode>>,
+    /// Own nodes as last stated: ranks and tunnel addresses stick.
+    pub stated: Known<BTreeMap<NodeName, Endpoint>>,
+    /// Namespaces that exist here.
+    pub namespaces: Known<BTreeSet<Namespace>>,
+    /// Local services.
+    pub services: Known<BTreeMap<ServiceKey, Service>>,
+    /// What the users export.
+    pub exports: Known<BTreeMap<ServiceKey, ServiceExport>>,
+    /// Backends of local services.
+    pub backends: Known<BTreeMap<ServiceKey, LocalBackends>>,
+    /// Imports as they are: their ClusterSetIPs stick.
+    pub imports: Known<BTreeMap<ServiceKey, Import>>,
+    /// What other clusters have stated.
+    pub foreign: BTreeMap<ClusterId, Foreign>,
+    /// Members (not revoked) of whom nothing verified is at hand: what came from them stays as it is.
+    pub unknown: BTreeSet<ClusterId>,
+}
