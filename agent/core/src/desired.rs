@@ -25,9 +25,9 @@ pub const TABLE_IN: u32 = 4520;
 /// Protocol number of our routes and rules.
 pub const ROUTE_PROTOCOL: u8 = 98;
 /// Priority of the rule into [`TABLE_OUT`].
-pub const PRIORITY_OUT: u32 = 100;
+pub const PRIORITY_OUT: u32 = 110;
 /// Priority of the rules into [`TABLE_IN`].
-pub const PRIORITY_IN: u32 = 110;
+pub const PRIORITY_IN: u32 = 100;
 /// Metric of the route that keeps packets from leaving in clear.
 pub const METRIC_UNREACHABLE: u32 = u32::MAX;
 /// Metric of the routes that carry.
