@@ -7,6 +7,8 @@
 #![forbid(unsafe_code)]
 
 pub mod model;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod trust;
 pub mod wire;
 

@@ -30,7 +30,9 @@ impl Family {
 
 /// Why an address is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("address {0} is loopback, link-local, multicast or reserved, and never carried between clusters")]
+#[error(
+    "address {0} is loopback, link-local, multicast, reserved or a cloud's metadata address, and never carried between clusters"
+)]
 pub struct AddressError(pub IpAddr);
 
 /// Why a text or a net is not a prefix that can be owned.
@@ -43,7 +45,9 @@ pub enum PrefixError {
     #[error("{0} has bits set behind its length; did you mean {1}?")]
     HostBits(IpNet, IpNet),
     /// Touches a range that nobody may own.
-    #[error("{0} touches {1}, which is loopback, link-local, multicast or reserved")]
+    #[error(
+        "{0} touches {1}, which is loopback, link-local, multicast, reserved or a cloud's metadata address"
+    )]
     Special(IpNet, IpNet),
 }
 
@@ -51,23 +55,33 @@ const fn v4(a: u8, b: u8, c: u8, d: u8, length: u8) -> IpNet {
     IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), length))
 }
 
-const fn v6(head: u16, tail: [u16; 2], length: u8) -> IpNet {
-    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(head, 0, 0, 0, 0, tail[0], tail[1], 0), length))
+/// The first three groups and the last.
+const fn v6(a: u16, b: u16, c: u16, last: u16, length: u8) -> IpNet {
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(a, b, c, 0, 0, 0, 0, last), length))
 }
 
-/// RFC 6890 and RFC 4291: what no grant may own and no answer may hold. The metadata addresses of
-/// clouds (169.254.169.254, fd00:ec2::254 aside) lie in the link-local range.
-const SPECIAL: [IpNet; 10] = [
+/// RFC 6890, RFC 4291 and their updates, and where clouds answer "who am I": what no grant may touch and no
+/// answer may hold. Whoever owned one of the latter would be asked for the credentials of other clusters'
+/// nodes.
+const SPECIAL: [IpNet; 18] = [
     v4(0, 0, 0, 0, 8),
     v4(127, 0, 0, 0, 8),
     v4(169, 254, 0, 0, 16),
+    v4(192, 0, 0, 0, 24), // IETF protocols: NAT64 discovery, DS-Lite, 464XLAT
     v4(224, 0, 0, 0, 4),
     v4(240, 0, 0, 0, 4),
-    v6(0, [0, 0], 8),     // unspecified, loopback, IPv4-mapped and -compatible
-    v6(0x64, [0, 0], 16), // 64:ff9b::/96 and its kin, translation
-    v6(0xfe80, [0, 0], 10),
-    v6(0xff00, [0, 0], 8),
-    v6(0x2002, [0, 0], 16), // 6to4 embeds any IPv4 address
+    v6(0, 0, 0, 0, 8),       // unspecified, loopback, IPv4-mapped and -compatible
+    v6(0x64, 0, 0, 0, 16),   // 64:ff9b::/96 and its kin, translation
+    v6(0x100, 0, 0, 0, 64),  // discard
+    v6(0x2001, 0, 0, 0, 32), // Teredo embeds any IPv4 address
+    v6(0x2002, 0, 0, 0, 16), // 6to4 likewise
+    v6(0xfe80, 0, 0, 0, 10),
+    v6(0xfec0, 0, 0, 0, 10), // site-local, given up by RFC 3879
+    v6(0xff00, 0, 0, 0, 8),
+    v4(100, 100, 100, 200, 32),      // Alibaba Cloud
+    v4(168, 63, 129, 16, 32),        // Azure
+    v6(0xfd00, 0xec2, 0, 0, 32),     // AWS: fd00:ec2::253, ::254
+    v6(0xfd20, 0xce, 0, 0x254, 128), // Google Cloud
 ];
 
 /// Whether packets for `address` may cross between clusters at all.
@@ -201,11 +215,23 @@ mod tests {
             "ff02::1/128",
             "::ffff:10.0.0.0/104",
             "64:ff9b::/96",
+            "64:ff9b:1::/48",
             "2002::/16",
+            "2001::/32",
+            "2001:0:1::/48",
+            "100::/64",
+            "fec0::/16",
+            "192.0.0.0/29",
+            "128.0.0.0/2",
+            "100.64.0.0/10",
+            "168.63.129.16/32",
+            "fd00:ec2::254/128",
+            "fd20:ce::254/128",
+            "fd00::/8",
         ] {
             assert!(bad.parse::<Prefix>().is_err(), "{bad}");
         }
-        for good in ["10.1.0.0/16", "100.64.0.0/10", "198.18.0.0/24", "fd00::/8", "2001:db8::/32"] {
+        for good in ["10.1.0.0/16", "100.64.0.0/16", "198.18.0.0/24", "fd00::/16", "2001:db8::/32"] {
             assert!(good.parse::<Prefix>().is_ok(), "{good}");
         }
         assert!(matches!("10.1.2.3/16".parse::<Prefix>(), Err(PrefixError::HostBits(..))));

@@ -13,5 +13,5 @@ pub use name::{
     ClusterId, Hostname, NameError, Namespace, NamespacePattern, NodeName, PortName, ServiceName, SetName,
 };
 pub use position::Position;
-pub use record::{Record, RecordKey, Scope, record_kind};
+pub use record::{Record, RecordKey, Scope, Subject, record_kind};
 pub use service::{Backend, BackendGroup, Backends, Export, Port, Protocol, ServiceType};

@@ -36,6 +36,17 @@ impl Context {
         }
     }
 
+    /// Bytes of a payload. Small where a member signs, since everybody keeps and passes on what it signed.
+    pub const fn max_payload(self) -> usize {
+        match self {
+            Self::Binding | Self::Statement => 1024,
+            Self::Roots => 4 * 1024,
+            Self::Brokers => 16 * 1024,
+            Self::Grant => 32 * 1024,
+            Self::Revocations => Envelope::MAX_PAYLOAD,
+        }
+    }
+
     /// The bytes that are signed: `tombolo.dev/v1/NAME`, a zero byte, the payload.
     pub(crate) fn signed_bytes(self, payload: &[u8]) -> Vec<u8> {
         [b"tombolo.dev/v1/", self.name().as_bytes(), b"\0", payload].concat()
@@ -54,8 +65,13 @@ pub struct Envelope {
 }
 
 impl Envelope {
-    /// Bytes of a payload.
-    pub const MAX_PAYLOAD: usize = 64 * 1024;
+    /// Bytes of the longest payload; see [`Context::max_payload`].
+    pub const MAX_PAYLOAD: usize = 96 * 1024;
+
+    /// Whether both hold the same document. Signatures may differ: whoever signs can sign twice.
+    pub fn same_document(&self, other: &Self) -> bool {
+        self.context == other.context && self.payload == other.payload
+    }
 
     /// Decodes the payload if `key` signed it under `context`.
     pub(crate) fn verify<T>(
@@ -66,6 +82,9 @@ impl Envelope {
     ) -> Result<Verified<T>, TrustError> {
         if self.context != context {
             return Err(TrustError::Context { expected: context, found: self.context });
+        }
+        if self.payload.len() > context.max_payload() {
+            return Err(TrustError::TooLong(context));
         }
         let message = context.signed_bytes(&self.payload);
         if !keys.iter().any(|key| key.verify(&message, &self.signature)) {
@@ -117,6 +136,9 @@ pub enum TrustError {
     /// Not signed by who may sign it.
     #[error("the signature of the {} document is not by a key that may sign it", .0.name())]
     Signature(Context),
+    /// Longer than a document of its kind may be.
+    #[error("the {} document is longer than {} bytes", .0.name(), .0.max_payload())]
+    TooLong(Context),
     /// Signed, but not readable.
     #[error("the {} document is signed but malformed", context.name())]
     Decode {

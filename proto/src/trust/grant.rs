@@ -143,13 +143,23 @@ impl Membership {
     }
 
     /// Whether this one says all that `other` says, and perhaps more: the first binding seen of each
-    /// (serial, generation) is pinned, so a fork is not an extension.
+    /// (serial, generation) is pinned, so a fork is not an extension. Documents are compared, not their
+    /// signatures: whoever may sign can sign one document twice.
     pub fn extends(&self, other: &Self) -> bool {
-        self.grant == other.grant && self.bindings.starts_with(&other.bindings)
+        self.grant.envelope().same_document(other.grant.envelope())
+            && self.bindings.len() >= other.bindings.len()
+            && self
+                .bindings
+                .iter()
+                .zip(&other.bindings)
+                .all(|(a, b)| a.envelope().same_document(b.envelope()))
     }
 
     /// Checks a statement: of this cluster and set, under this grant's serial, by the key of its generation.
     pub fn statement(&self, envelope: &Envelope) -> Result<Verified<Statement>, TrustError> {
+        if envelope.payload.len() > Context::Statement.max_payload() {
+            return Err(TrustError::TooLong(Context::Statement));
+        }
         let claimed = wire::decode_statement(&envelope.payload)
             .map_err(|source| TrustError::Decode { context: Context::Statement, source })?;
         let key = usize::try_from(claimed.position.generation).ok().and_then(|g| self.bindings.get(g));

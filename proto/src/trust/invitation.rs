@@ -1,5 +1,7 @@
 //! What an administrator hands to a cluster that is to join.
 
+use zeroize::Zeroizing;
+
 use super::{Binding, Brokers, Envelope, Grant, Membership, RootChain, SigningKey, TrustError, Verified};
 use crate::wire::{self, WireError};
 
@@ -24,14 +26,25 @@ impl Invitation {
 
     /// Reads and checks the text form. The set it names is to be shown to the person who joins.
     pub fn parse(text: &str) -> Result<Self, InvitationError> {
-        let text = text.trim();
+        if text.len() > 2 * Self::MAX_TEXT {
+            return Err(InvitationError::Form);
+        }
+        // Terminals and mail programs break long lines.
+        let mut text = Zeroizing::new(text.to_owned());
+        text.retain(|c| !c.is_ascii_whitespace());
         let body = text.strip_prefix(Self::PREFIX).ok_or(InvitationError::Form)?;
         if text.len() > Self::MAX_TEXT {
             return Err(InvitationError::Form);
         }
-        let bytes =
-            data_encoding::BASE64URL_NOPAD.decode(body.as_bytes()).map_err(|_| InvitationError::Damaged)?;
-        let parts = wire::decode_invitation(&bytes).map_err(InvitationError::Wire)?;
+        let bytes = data_encoding::BASE64URL_NOPAD
+            .decode(body.as_bytes())
+            .map(Zeroizing::new)
+            .map_err(|_| InvitationError::Damaged)?;
+        let (bytes, check) = bytes.split_last_chunk::<CHECK>().ok_or(InvitationError::Damaged)?;
+        if checksum(bytes) != *check {
+            return Err(InvitationError::Damaged);
+        }
+        let parts = wire::decode_invitation(bytes).map_err(InvitationError::Wire)?;
         let (first, rest) = parts.roots.split_first().ok_or(InvitationError::Damaged)?;
         let mut roots = RootChain::first(first).map_err(InvitationError::Trust)?;
         for envelope in rest {
@@ -50,13 +63,16 @@ impl Invitation {
     pub fn to_text(&self) -> String {
         let roots: Vec<&Envelope> = self.roots.envelopes().collect();
         let seed = self.invite_key.as_ref().map(SigningKey::seed);
-        let bytes = wire::encode_invitation(
+        let mut bytes = wire::encode_invitation(
             &roots,
             self.brokers.envelope(),
             self.grant.envelope(),
             seed.map(|s| &**s),
         );
-        format!("{}{}", Self::PREFIX, data_encoding::BASE64URL_NOPAD.encode(&bytes))
+        let check = checksum(&bytes);
+        bytes.extend(check);
+        let body = Zeroizing::new(data_encoding::BASE64URL_NOPAD.encode(&bytes));
+        format!("{}{}", Self::PREFIX, *body)
     }
 
     /// Makes the membership: binding 0 for `key`, signed by the invite key or, after `admit`, by `key`
@@ -74,6 +90,19 @@ impl Invitation {
     }
 }
 
+/// Bytes of the checksum at the end of the text form. Signatures protect against forgers; this protects
+/// people who copy: a token without its tail would otherwise read as one without an invite key.
+const CHECK: usize = 8;
+
+fn checksum(bytes: &[u8]) -> [u8; CHECK] {
+    let mut hasher = ring::digest::Context::new(&ring::digest::SHA256);
+    hasher.update(b"tombolo.dev/v1/invitation\0");
+    hasher.update(bytes);
+    let mut check = [0; CHECK];
+    check.copy_from_slice(&hasher.finish().as_ref()[..CHECK]);
+    check
+}
+
 /// Why a text is not an invitation.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvitationError {
@@ -89,55 +118,4 @@ pub enum InvitationError {
     /// Not signed as it should be.
     #[error("the token is not to be trusted")]
     Trust(#[source] TrustError),
-}
-
-#[cfg(test)]
-pub(crate) mod testing {
-    use std::collections::BTreeSet;
-
-    use super::*;
-    use crate::model::{ClusterId, SetName};
-    use crate::trust::{Broker, Roots};
-
-    /// A set with one root key (seed of sevens) and a broker.
-    pub(crate) fn set() -> (SigningKey, RootChain) {
-        let root = SigningKey::from_seed(&[7; 32]);
-        let name = SetName::new("harbour").unwrap();
-        let roots = Roots { version: 1, name, keys: vec![root.public()], previous: None };
-        let chain = RootChain::first(&roots.sign(&root)).unwrap();
-        (root, chain)
-    }
-
-    pub(crate) fn grant(
-        chain: &RootChain,
-        cluster: &str,
-        serial: u64,
-        owned: &[&str],
-        subject: &SigningKey,
-    ) -> Grant {
-        Grant {
-            set: chain.set(),
-            cluster: ClusterId::new(cluster).unwrap(),
-            serial,
-            member_since: 1_700_000_000,
-            owned: owned.iter().map(|p| p.parse().unwrap()).collect(),
-            tunnel: BTreeSet::from([format!("198.18.{serial}.0/24").parse().unwrap()]),
-            namespaces: Vec::new(),
-            subject: subject.public(),
-            bind_before: None,
-        }
-    }
-
-    pub(crate) fn invitation(cluster: &str, serial: u64, owned: &[&str]) -> Invitation {
-        let (root, roots) = set();
-        let invite = SigningKey::from_seed(&[serial as u8; 32]);
-        let grant = roots.grant(&grant(&roots, cluster, serial, owned, &invite).sign(&root)).unwrap();
-        let brokers = Brokers {
-            set: roots.set(),
-            version: 1,
-            brokers: vec![Broker { address: "broker.example:4500".into(), key: root.public() }],
-        };
-        let brokers = roots.brokers(&brokers.sign(&root)).unwrap();
-        Invitation { roots, brokers, grant, invite_key: Some(invite) }
-    }
 }

@@ -13,10 +13,44 @@ use super::{Context, Envelope};
 #[serde(try_from = "String", into = "String")]
 pub struct PublicKey(pub [u8; 32]);
 
+/// y of the points whose order divides 8 (RFC 8032, section 5.1; the two of order 8 are roots of
+/// d y^4 + 2 y^2 - 1 = 0), little-endian, without the sign bit.
+const SMALL_ORDER: [[u8; 32]; 5] = [
+    small(0x00, 0x00),
+    small(0x01, 0x00),
+    [
+        0x26, 0xe8, 0x95, 0x8f, 0xc2, 0xb2, 0x27, 0xb0, 0x45, 0xc3, 0xf4, 0x89, 0xf2, 0xef, 0x98, 0xf0, 0xd5,
+        0xdf, 0xac, 0x05, 0xd3, 0xc6, 0x33, 0x39, 0xb1, 0x38, 0x02, 0x88, 0x6d, 0x53, 0xfc, 0x05,
+    ],
+    [
+        0xc7, 0x17, 0x6a, 0x70, 0x3d, 0x4d, 0xd8, 0x4f, 0xba, 0x3c, 0x0b, 0x76, 0x0d, 0x10, 0x67, 0x0f, 0x2a,
+        0x20, 0x53, 0xfa, 0x2c, 0x39, 0xcc, 0xc6, 0x4e, 0xc7, 0xfd, 0x77, 0x92, 0xac, 0x03, 0x7a,
+    ],
+    small(0xec, 0xff),
+];
+
+const fn small(first: u8, rest: u8) -> [u8; 32] {
+    let mut y = [rest; 32];
+    y[0] = first;
+    y[31] &= 0x7f;
+    y
+}
+
 impl PublicKey {
-    /// Whether `signature` is this key's over `message`.
+    /// Whether this can be one person's key: the only encoding of a point whose order is not small. For a
+    /// point of small order signatures that fit many or all messages can be made by everybody, and ring
+    /// does not ask.
+    pub fn is_sound(&self) -> bool {
+        let mut y = self.0;
+        y[31] &= 0x7f;
+        let canonical = !(y[0] >= 0xed && y[1..31].iter().all(|&b| b == 0xff) && y[31] == 0x7f);
+        canonical && !SMALL_ORDER.contains(&y)
+    }
+
+    /// Whether `signature` is this key's over `message`. Nobody can alter a signature into another: ring
+    /// refuses s >= L (RFC 8032, section 5.1.7).
     pub(crate) fn verify(&self, message: &[u8], signature: &[u8; 64]) -> bool {
-        UnparsedPublicKey::new(&ED25519, &self.0).verify(message, signature).is_ok()
+        self.is_sound() && UnparsedPublicKey::new(&ED25519, &self.0).verify(message, signature).is_ok()
     }
 }
 
@@ -40,7 +74,8 @@ impl TryFrom<String> for PublicKey {
             .ok()
             .and_then(|bytes| bytes.try_into().ok())
             .map(Self)
-            .ok_or_else(|| "not a public key: 32 bytes in base64 are expected".to_owned())
+            .filter(Self::is_sound)
+            .ok_or_else(|| "not a public key: an Ed25519 key, 32 bytes in base64, is expected".to_owned())
     }
 }
 

@@ -26,6 +26,3 @@ pub use key::{PublicKey, SigningKey};
 pub use revocation::Revocations;
 pub use roots::{RootChain, Roots, SetId};
 pub use statement::Statement;
-
-#[cfg(test)]
-pub(crate) use invitation::testing;

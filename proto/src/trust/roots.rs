@@ -97,6 +97,9 @@ impl RootChain {
 
     /// Starts from the first version, whoever it is; what it names must be compared with a pinned id.
     pub fn first(envelope: &Envelope) -> Result<Self, TrustError> {
+        if envelope.payload.len() > Context::Roots.max_payload() {
+            return Err(TrustError::TooLong(Context::Roots));
+        }
         let roots = wire::decode_roots(&envelope.payload)
             .map_err(|source| TrustError::Decode { context: Context::Roots, source })?;
         if roots.version != 1 || roots.previous.is_some() {
@@ -121,8 +124,14 @@ impl RootChain {
 
     /// Takes the next version if the current one signed it. True if it was new.
     pub fn advance(&mut self, envelope: &Envelope) -> Result<bool, TrustError> {
-        if self.versions.iter().any(|v| v.envelope() == envelope) {
+        if self.versions.iter().any(|v| v.envelope().same_document(envelope)) {
             return Ok(false);
+        }
+        if self.is_fork(envelope) {
+            return Err(mismatch(
+                "a root key has signed two versions of one number; if that was not the administrator, \
+                 the key is stolen",
+            ));
         }
         let current = self.current();
         let next = envelope.verify(Context::Roots, &current.keys, wire::decode_roots)?;
@@ -137,6 +146,15 @@ impl RootChain {
         }
         self.versions.push(next);
         Ok(true)
+    }
+
+    /// Whether this is another version of a number that is known, by a key that could have made it.
+    fn is_fork(&self, envelope: &Envelope) -> bool {
+        self.versions.windows(2).any(|pair| {
+            envelope
+                .verify(Context::Roots, &pair[0].keys, wire::decode_roots)
+                .is_ok_and(|other| other.version == pair[1].version)
+        })
     }
 
     /// The version that signs now.
@@ -154,29 +172,29 @@ impl RootChain {
         self.versions.iter().map(Verified::envelope)
     }
 
-    /// Keys of every version: a document signed under an older one stays valid, so that adding a root
-    /// key does not make every grant be signed anew. A stolen root key needs a new set (docs/security.md).
-    fn keys(&self) -> Vec<PublicKey> {
-        self.versions.iter().rev().flat_map(|v| v.keys.iter().copied()).collect()
+    /// Only the newest version's: a key that was taken off the list signs nothing any more, and what it
+    /// signed is to be signed anew before it goes. A lost key harms nobody and may stay (docs/security.md).
+    fn keys(&self) -> &[PublicKey] {
+        &self.current().keys
     }
 
     /// Checks a grant.
     pub fn grant(&self, envelope: &Envelope) -> Result<Verified<Grant>, TrustError> {
-        let grant = envelope.verify(Context::Grant, &self.keys(), wire::decode_grant)?;
+        let grant = envelope.verify(Context::Grant, self.keys(), wire::decode_grant)?;
         self.same_set(grant.set, Context::Grant)?;
         Ok(grant)
     }
 
     /// Checks a list of revocations.
     pub fn revocations(&self, envelope: &Envelope) -> Result<Verified<Revocations>, TrustError> {
-        let list = envelope.verify(Context::Revocations, &self.keys(), wire::decode_revocations)?;
+        let list = envelope.verify(Context::Revocations, self.keys(), wire::decode_revocations)?;
         self.same_set(list.set, Context::Revocations)?;
         Ok(list)
     }
 
     /// Checks the list of brokers.
     pub fn brokers(&self, envelope: &Envelope) -> Result<Verified<Brokers>, TrustError> {
-        let brokers = envelope.verify(Context::Brokers, &self.keys(), wire::decode_brokers)?;
+        let brokers = envelope.verify(Context::Brokers, self.keys(), wire::decode_brokers)?;
         self.same_set(brokers.set, Context::Brokers)?;
         Ok(brokers)
     }

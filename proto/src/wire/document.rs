@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use zeroize::{Zeroize, Zeroizing};
+
 use super::{Result, WireError, array, bad, bounded, field, parse, prefix, prefix_pb, to_bytes};
 use crate::model::{ClusterId, NamespacePattern, Position, Prefix, SetName};
 use crate::pb;
@@ -38,8 +40,9 @@ pub fn decode_envelope(value: &pb::Envelope) -> Result<Envelope> {
         pb::Context::Brokers => Context::Brokers,
         pb::Context::Unspecified => return Err(bad("context", "not known")),
     };
-    if value.payload.len() > Envelope::MAX_PAYLOAD {
-        return Err(bad("payload", format!("{} bytes long", value.payload.len())));
+    let max = context.max_payload();
+    if value.payload.len() > max {
+        return Err(bad("payload", format!("{} bytes long, at most {max} are allowed", value.payload.len())));
     }
     Ok(Envelope {
         context,
@@ -57,7 +60,8 @@ fn set(bytes: &[u8]) -> Result<SetId> {
 }
 
 fn key(bytes: &[u8]) -> Result<PublicKey> {
-    Ok(PublicKey(array("key", bytes)?))
+    let key = PublicKey(array("key", bytes)?);
+    if key.is_sound() { Ok(key) } else { Err(bad("key", "not an Ed25519 key that only one can hold")) }
 }
 
 fn prefixes(name: &'static str, list: &[pb::Prefix]) -> Result<BTreeSet<Prefix>> {
@@ -254,13 +258,8 @@ pub fn decode_brokers(bytes: &[u8]) -> Result<Brokers> {
     let value: pb::Brokers = parse(bytes)?;
     bounded("brokers", &value.brokers, Brokers::MAX_BROKERS)?;
     let broker = |b: &pb::Broker| {
-        let good = b.address.len() <= 260
-            && b.address.bytes().all(|c| c.is_ascii_alphanumeric() || b".:-[]".contains(&c))
-            && b.address.rsplit_once(':').is_some_and(|(host, port)| {
-                !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
-            });
-        if !good {
-            return Err(bad("broker address", "not HOST:PORT"));
+        if !Broker::is_address(&b.address) {
+            return Err(bad("broker address", "not HOST:PORT or [IPv6]:PORT"));
         }
         Ok(Broker { address: b.address.clone(), key: key(&b.key)? })
     };
@@ -280,33 +279,43 @@ pub struct InvitationParts {
     /// What the cluster will be.
     pub grant: Envelope,
     /// Private half of the grant's subject.
-    pub invite_seed: Option<zeroize::Zeroizing<[u8; 32]>>,
+    pub invite_seed: Option<Zeroizing<[u8; 32]>>,
 }
 
-/// Encodes an invitation.
+/// Encodes an invitation. The seed is the last field, so that it stands in no buffer but the result.
 pub fn encode_invitation(
     roots: &[&Envelope],
     brokers: &Envelope,
     grant: &Envelope,
     invite_seed: Option<&[u8; 32]>,
-) -> Vec<u8> {
-    to_bytes(&pb::Invitation {
+) -> Zeroizing<Vec<u8>> {
+    let public = pb::Invitation {
         roots: roots.iter().map(|e| encode_envelope(e)).collect(),
         brokers: Some(encode_envelope(brokers)),
         grant: Some(encode_envelope(grant)),
-        invite_seed: invite_seed.map(|s| s.to_vec()).unwrap_or_default().into(),
-    })
+        invite_seed: prost::bytes::Bytes::new(),
+    };
+    // Room for all from the start: a vector that grows leaves its old bytes behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(prost::Message::encoded_len(&public) + 64));
+    bytes.extend(to_bytes(&public));
+    if let Some(seed) = invite_seed {
+        bytes.extend([4 << 3 | 2, 32]); // invite_seed = 4, length-delimited
+        bytes.extend(seed);
+    }
+    bytes
 }
 
 /// Reads an invitation.
 pub fn decode_invitation(bytes: &[u8]) -> Result<InvitationParts> {
-    let value: pb::Invitation = parse(bytes)?;
+    let mut value: pb::Invitation = parse(bytes)?;
+    let seed = std::mem::take(&mut value.invite_seed);
+    let invite_seed =
+        if seed.is_empty() { None } else { Some(array("invite_seed", &seed).map(Zeroizing::new)) };
+    if let Ok(mut seed) = seed.try_into_mut() {
+        seed.as_mut().zeroize();
+    }
+    let invite_seed = invite_seed.transpose()?;
     bounded("roots", &value.roots, crate::trust::RootChain::MAX_VERSIONS)?;
-    let invite_seed = if value.invite_seed.is_empty() {
-        None
-    } else {
-        Some(zeroize::Zeroizing::new(array("invite_seed", &value.invite_seed)?))
-    };
     Ok(InvitationParts {
         roots: value.roots.iter().map(decode_envelope).collect::<Result<_>>()?,
         brokers: decode_envelope(field("brokers", value.brokers.as_ref())?)?,

@@ -78,12 +78,16 @@ pub fn decode_endpoint(node: NodeName, bytes: &[u8]) -> Result<Endpoint> {
     let tunnel_v4 = if value.tunnel_v4.is_empty() {
         None
     } else {
-        Some(array::<4>("tunnel_v4", &value.tunnel_v4)?.into())
+        let address = array::<4>("tunnel_v4", &value.tunnel_v4)?.into();
+        usable_address(IpAddr::V4(address))?;
+        Some(address)
     };
     let tunnel_v6 = if value.tunnel_v6.is_empty() {
         None
     } else {
-        Some(array::<16>("tunnel_v6", &value.tunnel_v6)?.into())
+        let address = array::<16>("tunnel_v6", &value.tunnel_v6)?.into();
+        usable_address(IpAddr::V6(address))?;
+        Some(address)
     };
     Ok(Endpoint {
         node,
@@ -133,6 +137,20 @@ fn ports(list: &[pb::Port]) -> Result<Vec<Port>> {
         })
     };
     list.iter().map(port).collect()
+}
+
+/// Kubernetes' own rules for a Service: each name and each (protocol, port) once, and names for all when
+/// there are several.
+fn distinct(ports: &[Port]) -> Result<()> {
+    let names: BTreeSet<_> = ports.iter().map(|p| &p.name).collect();
+    let numbers: BTreeSet<_> = ports.iter().map(|p| (p.protocol, p.port)).collect();
+    if names.len() < ports.len() || numbers.len() < ports.len() {
+        return Err(bad("ports", "repeated, by name or by protocol and number"));
+    }
+    if ports.len() > 1 && names.contains(&None) {
+        return Err(bad("ports", "several, not all with a name"));
+    }
+    Ok(())
 }
 
 fn text(field: &'static str, value: &str, max: usize) -> Result<Option<String>> {
@@ -213,9 +231,11 @@ pub fn decode_export(bytes: &[u8]) -> Result<Export> {
     if !value.labels.values().all(good_label) {
         return Err(bad("labels", "not a label value"));
     }
+    let ports = ports(&value.ports)?;
+    distinct(&ports)?;
     Ok(Export {
         kind,
-        ports: ports(&value.ports)?,
+        ports,
         families,
         affinity: NonZeroU32::new(value.client_ip_affinity_seconds.min(86_400)),
         internal_local,

@@ -258,8 +258,9 @@ pub fn decode_message(value: &pb::Message) -> Result<Option<Message>> {
     Ok(Some(match kind {
         Kind::Hello(hello) => {
             bounded("features", &hello.features, 64)?;
-            if hello.version.len() > 64 || hello.features.iter().any(|f| f.len() > 64) {
-                return Err(bad("features", "longer than 64 bytes"));
+            let word = |w: &String| w.len() <= 64 && w.bytes().all(|b| b.is_ascii_graphic());
+            if !word(&hello.version) || !hello.features.iter().all(word) {
+                return Err(bad("version or features", "longer than 64 bytes or not printable ASCII"));
             }
             Message::Hello(Hello {
                 set: SetId(array("set", &hello.set)?),
