@@ -1,0 +1,135 @@
+//! From objects to names.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+
+use tombolo_proto::model::{self, Backend, ClusterId, Family, ServiceType};
+
+use super::{ClusterSetIP, Entry, Headless, Host, MAX_HOSTS, MAX_NAME, Port, Target, Zone};
+use crate::object::{Import, ServiceKey, Slice, SliceKey};
+
+impl Zone {
+    /// The zone of these ServiceImports and imported EndpointSlices. Whether an address may be spoken for was
+    /// decided before: all of them are believed.
+    pub fn build(imports: &BTreeMap<ServiceKey, Import>, slices: &BTreeMap<SliceKey, Slice>) -> Self {
+        let mut of_service: BTreeMap<&ServiceKey, Vec<(&SliceKey, &Slice)>> = BTreeMap::new();
+        for (key, slice) in slices {
+            of_service.entry(&key.service).or_default().push((key, slice));
+        }
+        let mut namespaces: BTreeMap<String, BTreeMap<String, Entry>> = BTreeMap::new();
+        for (key, import) in imports {
+            let entry = match import.kind {
+                ServiceType::ClusterSetIP => Some(Entry::ClusterSetIP(clusterset_ip(import))),
+                ServiceType::Headless => {
+                    let slices = of_service.get(key).map(Vec::as_slice).unwrap_or_default();
+                    headless(key, slices).map(Entry::Headless)
+                }
+            };
+            if let Some(entry) = entry {
+                let services = namespaces.entry(key.namespace.as_str().to_owned()).or_default();
+                services.insert(key.name.as_str().to_owned(), entry);
+            }
+        }
+        Self { namespaces: Arc::new(namespaces) }
+    }
+}
+
+fn clusterset_ip(import: &Import) -> ClusterSetIP {
+    let (v4, v6) = by_family(import.ips.iter().copied());
+    ClusterSetIP { v4, v6, ports: ports(&import.ports) }
+}
+
+/// Nothing at all if no endpoint is ready (2.4.1: NXDOMAIN).
+fn headless(service: &ServiceKey, slices: &[(&SliceKey, &Slice)]) -> Option<Headless> {
+    let mut gathered: BTreeMap<(&ClusterId, String), (BTreeSet<IpAddr>, BTreeSet<Port>)> = BTreeMap::new();
+    for (key, slice) in slices {
+        let ports = ports(&slice.ports);
+        let fits = |b: &&Backend| b.ready && Family::of(b.address) == key.family;
+        for backend in slice.backends.iter().filter(fits) {
+            let (addresses, of_host) = gathered.entry((&key.source, hostname(backend))).or_default();
+            addresses.insert(backend.address);
+            of_host.extend(ports.iter().cloned());
+        }
+    }
+    let mut clusters: BTreeMap<&ClusterId, [VecDeque<Host>; 3]> = BTreeMap::new();
+    for ((cluster, name), (addresses, ports)) in gathered {
+        let target = Target {
+            host: Some((&name, cluster.as_str())),
+            service: service.name.as_str(),
+            namespace: service.namespace.as_str(),
+        };
+        let named = target.wire_len() <= MAX_NAME;
+        let (v4, v6) = by_family(addresses.into_iter());
+        let families = clusters.entry(cluster).or_default();
+        let list = match (v4.is_empty(), v6.is_empty()) {
+            (false, false) => &mut families[0],
+            (false, true) => &mut families[1],
+            _ => &mut families[2],
+        };
+        list.push_back(Host { cluster: cluster.as_str().to_owned(), name, named, v4, v6, ports });
+    }
+    let hosts = Vec::from(take_turns(clusters.into_values().map(take_turns)));
+    if hosts.is_empty() {
+        return None;
+    }
+    let mut names: BTreeMap<String, BTreeMap<String, usize>> = BTreeMap::new();
+    for (at, host) in hosts.iter().enumerate().filter(|(_, h)| h.named) {
+        names.entry(host.cluster.clone()).or_default().insert(host.name.clone(), at);
+    }
+    let shown = hosts.get(..MAX_HOSTS).unwrap_or(&hosts);
+    let v4 = unique(shown.iter().flat_map(|h| h.v4.iter().copied()));
+    let v6 = unique(shown.iter().flat_map(|h| h.v6.iter().copied()));
+    Some(Headless { v4, v6, names, hosts })
+}
+
+/// The endpoint's hostname, else its address with dashes, which is what other implementations call it. An IPv6
+/// address that this would start or end with a dash is written out.
+pub(super) fn hostname(backend: &Backend) -> String {
+    if let Some(hostname) = &backend.hostname {
+        return hostname.as_str().to_owned();
+    }
+    let dashed = backend.address.to_string().replace(['.', ':'], "-");
+    match backend.address {
+        IpAddr::V6(address) if dashed.starts_with('-') || dashed.ends_with('-') => written_out(address),
+        _ => dashed,
+    }
+}
+
+fn written_out(address: Ipv6Addr) -> String {
+    address.segments().map(|group| format!("{group:04x}")).join("-")
+}
+
+fn ports(ports: &[model::Port]) -> BTreeSet<Port> {
+    ports.iter().map(|p| Port { protocol: p.protocol, name: p.name.clone(), port: p.port }).collect()
+}
+
+fn by_family(addresses: impl Iterator<Item = IpAddr>) -> (Vec<Ipv4Addr>, Vec<Ipv6Addr>) {
+    let (mut v4, mut v6) = (Vec::new(), Vec::new());
+    for address in addresses {
+        match address {
+            IpAddr::V4(a) if !v4.contains(&a) => v4.push(a),
+            IpAddr::V6(a) if !v6.contains(&a) => v6.push(a),
+            _ => {}
+        }
+    }
+    (v4, v6)
+}
+
+/// One of each in turn, until all are taken.
+fn take_turns<T>(lists: impl IntoIterator<Item = VecDeque<T>>) -> VecDeque<T> {
+    let mut lists: VecDeque<VecDeque<T>> = lists.into_iter().collect();
+    let mut all = VecDeque::new();
+    while let Some(mut list) = lists.pop_front() {
+        if let Some(first) = list.pop_front() {
+            all.push_back(first);
+            lists.push_back(list);
+        }
+    }
+    all
+}
+
+fn unique<T: Ord + Copy>(all: impl Iterator<Item = T>) -> Vec<T> {
+    let mut seen = BTreeSet::new();
+    all.filter(|item| seen.insert(*item)).collect()
+}
