@@ -1,7 +1,7 @@
 //! One WireGuard device, without sockets and clocks: packets, datagrams and time go in, packets and datagrams come
 //! out at a [`Wire`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -166,10 +166,10 @@ impl Device {
     /// Whether [`apply`](Self::apply) can do this; nothing is changed.
     pub fn check(&self, set: &SetDevice) -> Result<(), UapiError> {
         let kept = if set.replace_peers { 0 } else { self.by_key.len() };
-        if kept + set.peers.iter().filter(|p| !p.remove).count() > MAX_PEERS
-            && kept + set.peers.iter().filter(|p| !self.by_key.contains_key(&p.public_key)).count()
-                > MAX_PEERS
-        {
+        let adds =
+            |p: &&SetPeer| !p.remove && (set.replace_peers || !self.by_key.contains_key(&p.public_key));
+        let added: BTreeSet<_> = set.peers.iter().filter(adds).map(|p| p.public_key).collect();
+        if kept + added.len() > MAX_PEERS {
             return Err(UapiError::Refused {
                 what: format!("a device has {MAX_PEERS} peers at most"),
                 errno: libc::ENOSPC,

@@ -1,5 +1,6 @@
 //! `tombolo-wireguard`: see the library.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -57,7 +58,11 @@ fn main() -> ExitCode {
         .parse(level.as_deref().unwrap_or("info"))
         .unwrap_or_else(|_| EnvFilter::new("info"))
         .add_directive("boringtun=off".parse().unwrap_or_default());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
 
     match (cli.command, cli.name) {
         (Some(Action::Serve { dir }), _) => finish(serve::run(&dir).map(|()| ExitCode::SUCCESS)),

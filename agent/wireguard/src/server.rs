@@ -24,7 +24,7 @@ use crate::uapi::{Request, UapiError, parse_request};
 /// Where `wg` looks for sockets.
 pub const DIRECTORY: &str = "/var/run/wireguard";
 
-const MAX_CLIENTS: usize = 16;
+const MAX_CLIENTS: usize = 64;
 const MAX_REQUEST: usize = 16 << 20;
 const REQUEST_TIME: Duration = Duration::from_secs(5);
 const IDLE_TIME: Duration = Duration::from_secs(60);

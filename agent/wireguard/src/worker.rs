@@ -41,8 +41,11 @@ pub mod held {
 /// Packets of one source that are carried before the others have their turn.
 const BURST: usize = 64;
 
-/// How often counters are written down; what configures is at once, handshakes and movements within a second.
+/// How often counters are written down. What configures, handshakes and movements are at once, as long as writing
+/// takes no more than one part in [`SAVING`] of the time: then they wait for the next turn.
 const COUNTERS: Duration = Duration::from_secs(10);
+
+const SAVING: u32 = 50;
 
 /// Why a worker cannot start or go on.
 #[derive(Debug, Error)]
@@ -92,8 +95,8 @@ pub fn run(name: &DeviceName) -> Result<End, WorkerError> {
         .map_err(io_error("create an eventfd"))?;
     let asks = server::serve(listener, Arc::clone(&bell)).map_err(io_error("start a thread"))?;
 
-    let seed =
-        getrandom::u32().map_err(|e| WorkerError::Io { what: "get random bytes", source: io::Error::other(e) })?;
+    let seed = getrandom::u32()
+        .map_err(|e| WorkerError::Io { what: "get random bytes", source: io::Error::other(e) })?;
     let mut worker = Worker {
         name: name.clone(),
         device: Device::new(seed as u8),
@@ -190,7 +193,7 @@ impl Worker {
 
     fn carry(&mut self) -> Result<End, WorkerError> {
         let mut tick = Instant::now();
-        let (mut saved, mut counted) = (tick, tick);
+        let (mut save_next, mut counted) = (tick, tick);
         loop {
             let ready = self.wait(tick)?;
             let at = moment();
@@ -213,18 +216,16 @@ impl Worker {
             if at.now >= tick {
                 tick = at.now + TICK;
                 self.device.handle_tick(at, &mut self.links);
-                let counters = at.now.saturating_duration_since(counted) >= COUNTERS;
-                if counters || at.now.saturating_duration_since(saved) >= Duration::from_secs(1) {
-                    saved = at.now;
-                    if self.device.take_changed() || counters {
-                        counted = at.now;
-                        self.save();
-                    }
-                }
                 if server::inode(&server::path_of(&self.name)) != self.socket || self.socket.is_none() {
                     tracing::info!(device = %self.name, "the configuration socket was removed");
                     return Ok(End::Over);
                 }
+            }
+            let counters = at.now.saturating_duration_since(counted) >= COUNTERS;
+            if at.now >= save_next && (self.device.take_changed() || counters) {
+                self.save();
+                counted = at.now;
+                save_next = at.now + at.now.elapsed() * SAVING;
             }
         }
     }
