@@ -1,1 +1,29 @@
-//! Skeleton.
+//! The lab: clusters, nodes, gateways and pods as namespaces of one Linux machine, with the real programs inside and
+//! faults on demand. For trying, for the project's end-to-end tests, and for drills.
+//!
+//! A test is one function that hands its story to [`scenario`]; inside, [`Lab::build`] makes the world of a
+//! [`Topology`], and dropping everything (or SIGKILL) leaves nothing behind.
+#![deny(unsafe_code)]
+
+#[allow(unsafe_code)]
+pub mod capture;
+pub mod directory;
+pub mod fault;
+pub mod fetch;
+pub mod foreign;
+mod lab;
+#[allow(unsafe_code)]
+pub mod place;
+mod pod;
+pub mod probe;
+pub mod program;
+#[allow(unsafe_code)]
+pub mod sandbox;
+mod scenario;
+pub mod serve;
+pub mod topology;
+
+pub use lab::{Lab, Running, host, wait_until};
+pub use pod::Flow;
+pub use scenario::scenario;
+pub use topology::Topology;

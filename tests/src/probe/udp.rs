@@ -1,0 +1,135 @@
+//! A UDP flow against an echo server.
+
+use std::net::UdpSocket;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::{Pace, ProbePacket, Stop, ms, paced};
+
+/// What became of the packets.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct UdpReport {
+    /// Packets sent (or refused by our own kernel).
+    pub sent: u64,
+    /// Different packets that came back.
+    pub returned: u64,
+    /// `sent - returned`.
+    pub lost: u64,
+    /// Of these, how many never reached the server, as far as the last echo tells.
+    pub lost_out: u64,
+    /// Sends that our own kernel refused (no route, connection refused): counted as sent and lost.
+    pub refused: u64,
+    /// Echoes of a packet that had come back already.
+    pub duplicated: u64,
+    /// Echoes that came after one of a later packet.
+    pub reordered: u64,
+    /// The longest time between two echoes, in milliseconds.
+    pub largest_gap_ms: f64,
+}
+
+/// Runs a UDP probe.
+///
+/// # Errors
+/// If the socket cannot be made.
+pub fn udp(pace: &Pace, stop: &Stop) -> Result<UdpReport> {
+    let any = if pace.to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = UdpSocket::bind(any)?;
+    let _ = socket2::SockRef::from(&socket).set_recv_buffer_size(4 << 20);
+    socket.connect(pace.to).with_context(|| format!("connecting to {}", pace.to))?;
+    socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+    let flow = (u64::from(std::process::id()) << 32)
+        | std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |t| u64::from(t.subsec_nanos()));
+    let (drained, mut report) = (Stop::default(), UdpReport::default());
+    let received = std::thread::scope(|scope| {
+        let receiver = scope.spawn(|| receive(&socket, flow, &drained));
+        report.sent = paced(pace, stop, |sequence| {
+            if socket.send(&ProbePacket { flow, sequence, count: 0 }.write()).is_err() {
+                report.refused += 1;
+            }
+        });
+        std::thread::sleep(Duration::from_secs(1));
+        drained.set();
+        receiver.join().unwrap_or_default()
+    });
+    report.returned = received.returned;
+    report.lost = report.sent - received.returned;
+    report.lost_out = report.sent.saturating_sub(received.count.max(received.returned));
+    report.duplicated = received.duplicated;
+    report.reordered = received.reordered;
+    report.largest_gap_ms = ms(received.gap);
+    Ok(report)
+}
+
+#[derive(Default)]
+struct Received {
+    returned: u64,
+    duplicated: u64,
+    reordered: u64,
+    count: u64,
+    gap: Duration,
+}
+
+fn receive(socket: &UdpSocket, flow: u64, drained: &Stop) -> Received {
+    let mut received = Received::default();
+    let mut seen: Vec<u64> = Vec::new();
+    let (mut highest, mut last) = (None, None::<Instant>);
+    let mut buffer = [0; 2048];
+    while !drained.is_set() {
+        // An ICMP error shows as an error of recv: the loss is counted by the missing echo.
+        let Ok(len) = socket.recv(&mut buffer) else { continue };
+        let Some(packet) = ProbePacket::read(&buffer[..len]).filter(|p| p.flow == flow) else { continue };
+        let now = Instant::now();
+        received.gap = received.gap.max(last.map_or(Duration::ZERO, |last| now - last));
+        last = Some(now);
+        received.count = received.count.max(packet.count);
+        let (word, bit) = ((packet.sequence / 64) as usize, 1 << (packet.sequence % 64));
+        if word >= seen.len() {
+            seen.resize(word + 1, 0);
+        }
+        if seen[word] & bit != 0 {
+            received.duplicated += 1;
+            continue;
+        }
+        seen[word] |= bit;
+        received.returned += 1;
+        if highest.is_some_and(|highest| packet.sequence < highest) {
+            received.reordered += 1;
+        }
+        highest = highest.max(Some(packet.sequence));
+    }
+    received
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Loses every tenth packet, doubles packet 5.
+    #[test]
+    fn counts_what_a_bad_server_does() {
+        let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let to = server.local_addr().unwrap();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 100];
+            let mut count = 0;
+            while let Ok((len, from)) = server.recv_from(&mut buffer) {
+                let mut packet = ProbePacket::read(&buffer[..len]).unwrap();
+                count += 1;
+                packet.count = count;
+                if packet.sequence % 10 == 9 {
+                    continue;
+                }
+                for _ in 0..=u8::from(packet.sequence == 5) {
+                    server.send_to(&packet.write(), from).unwrap();
+                }
+            }
+        });
+        let pace = Pace { to, rate: 1000, length: Some(Duration::from_millis(300)) };
+        let report = udp(&pace, &Stop::default()).unwrap();
+        assert!(report.sent >= 250, "{report:?}");
+        assert_eq!(report.lost, report.sent / 10, "{report:?}");
+        assert_eq!((report.lost_out, report.duplicated), (0, 1), "{report:?}");
+    }
+}

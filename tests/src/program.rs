@@ -1,0 +1,176 @@
+//! The command lines of every program the lab starts, and where the programs are: all in this one file.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::topology::{Broker, Cluster, Node, Topology};
+
+/// Where brokers listen.
+pub const BROKER_PORT: u16 = 4500;
+/// Administration of a broker, on its loopback.
+pub const BROKER_ADMIN: &str = "127.0.0.1:4501";
+/// Administration of an agent, on its loopback.
+pub const AGENT_ADMIN: &str = "127.0.0.1:4505";
+/// The cluster's directory on its nodes.
+pub const CLUSTER_DIR: &str = "/run/lab/cluster";
+/// A place's private directory.
+pub const STATE_DIR: &str = "/run/lab/state";
+/// Where devices are asked for.
+pub const DEVICES_DIR: &str = "/run/tombolo/devices";
+
+/// A program that is built with the lab and lies beside it.
+///
+/// # Errors
+/// If it was not built: says how.
+pub fn find(program: &str) -> Result<String> {
+    let exe = std::env::current_exe()?;
+    // A deleted and rebuilt executable shows with a suffix; tests lie one directory deeper.
+    let dir = exe.parent().context("the lab's own directory")?;
+    let dirs = [Some(dir), dir.parent().filter(|_| dir.ends_with("deps"))];
+    let found = dirs.into_iter().flatten().map(|d| d.join(program)).find(|p: &PathBuf| p.is_file());
+    let found = found.with_context(|| {
+        format!("{program} is not built (looked in {}): cargo build --workspace", dir.display())
+    })?;
+    Ok(found.to_string_lossy().into_owned())
+}
+
+/// Whether all of Tombolo's programs are built.
+///
+/// # Errors
+/// Names the first that is not.
+pub fn all_built() -> Result<()> {
+    ["tombolo", "tombolo-agent", "tombolo-broker", "tombolo-wireguard"]
+        .iter()
+        .try_for_each(|p| find(p).map(drop))
+}
+
+fn line(program: &str, args: &[&str]) -> Result<Vec<String>> {
+    let mut line = vec![find(program)?];
+    line.extend(args.iter().map(|a| (*a).to_owned()));
+    Ok(line)
+}
+
+/// What runs in each pod.
+///
+/// # Errors
+/// If the lab's own program is not built.
+pub fn serve(pod: &str) -> Result<Vec<String>> {
+    line("tombolo-lab", &["serve", "--name", pod, "--port", "8080"])
+}
+
+/// The lab's own program with these arguments (`fetch`, `probe`).
+///
+/// # Errors
+/// If it is not built.
+pub fn lab(args: &[&str]) -> Result<Vec<String>> {
+    line("tombolo-lab", args)
+}
+
+/// A broker. Its identity and the set's documents were made by `tombolo init`.
+///
+/// # Errors
+/// If it is not built.
+pub fn broker(broker: &Broker) -> Result<Vec<String>> {
+    let set = set_dir();
+    line(
+        "tombolo-broker",
+        &[
+            "--listen",
+            &format!("[::]:{BROKER_PORT}"),
+            "--data",
+            STATE_DIR,
+            "--identity",
+            &format!("{set}/{}.identity", broker.name),
+            "--set",
+            &format!("{set}/set.json"),
+            "--admin",
+            BROKER_ADMIN,
+        ],
+    )
+}
+
+/// An agent, both roles.
+///
+/// # Errors
+/// If it is not built.
+pub fn agent(node: &Node) -> Result<Vec<String>> {
+    line(
+        "tombolo-agent",
+        &[
+            "--cluster-dir",
+            CLUSTER_DIR,
+            "--state-dir",
+            STATE_DIR,
+            "--node",
+            &node.name,
+            "--admin",
+            AGENT_ADMIN,
+            "--devices-dir",
+            DEVICES_DIR,
+        ],
+    )
+}
+
+/// The userspace devices of a node.
+///
+/// # Errors
+/// If it is not built.
+pub fn wireguard() -> Result<Vec<String>> {
+    line("tombolo-wireguard", &["serve", "--dir", DEVICES_DIR])
+}
+
+/// The administrator's directory: the lab is the administrator.
+#[must_use]
+pub fn set_dir() -> String {
+    format!("{}/set", crate::sandbox::ROOT)
+}
+
+/// `tombolo init`.
+///
+/// # Errors
+/// If it is not built.
+pub fn init(topology: &Topology) -> Result<Vec<String>> {
+    let mut args = vec!["init".to_owned(), topology.name.clone(), "--dir".to_owned(), set_dir()];
+    for broker in &topology.brokers {
+        args.push("--broker".to_owned());
+        args.push(format!("{}:{BROKER_PORT}", broker.v4));
+    }
+    line("tombolo", &args.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// `tombolo invite`: prints a token.
+///
+/// # Errors
+/// If it is not built.
+pub fn invite(cluster: &Cluster) -> Result<Vec<String>> {
+    let (v4, v6) = (cluster.pods4.to_string(), cluster.pods6.to_string());
+    line("tombolo", &["invite", &cluster.id, "--pod-cidr", &v4, "--pod-cidr", &v6, "--dir", &set_dir()])
+}
+
+/// `tombolo join` with the token on standard input, on a node of the cluster.
+///
+/// # Errors
+/// If it is not built.
+pub fn join(cluster: &Cluster) -> Result<Vec<String>> {
+    line("tombolo", &["join", "-", "--cluster-dir", CLUSTER_DIR, "--reach", cluster.reach.as_str()])
+}
+
+/// `tombolo revoke`.
+///
+/// # Errors
+/// If it is not built.
+pub fn revoke(cluster: &str) -> Result<Vec<String>> {
+    line("tombolo", &["revoke", cluster, "--dir", &set_dir(), "--yes"])
+}
+
+/// Any command of the operator's that looks at a cluster, on one of its nodes.
+///
+/// # Errors
+/// If it is not built or there are no words.
+pub fn tombolo(words: &[&str]) -> Result<Vec<String>> {
+    ensure!(!words.is_empty(), "tombolo needs a command");
+    let mut args = words.to_vec();
+    args.extend(["--cluster-dir", CLUSTER_DIR]);
+    line("tombolo", &args)
+}
