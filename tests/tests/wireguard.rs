@@ -5,7 +5,12 @@
 //! the cache directory). What is missing makes the tests fail with a line that names it: Rust cannot say "skipped".
 //! The program is `$TOMBOLO_WIREGUARD`, or the one beside the test (`cargo build -p tombolo-wireguard`).
 
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a test may panic, and show its figures"
+)]
 
 use std::fs;
 use std::io::{Read, Write};
@@ -167,6 +172,13 @@ fn a_device_ends_with_its_interface_its_socket_or_a_signal() {
         assert!(!socket(&end.name).exists(), "{}", end.name);
         assert!(!net.has_link("a", &end.name), "{}", end.name);
     }
+    // Nor does a worker live on without its supervisor.
+    let mut end = net.device("a", Kind::Ours);
+    end.process.kill().unwrap();
+    end.process.wait().unwrap();
+    wait_for("the interface and the socket to go", || {
+        (!net.has_link("a", &end.name) && !socket(&end.name).exists()).then_some(())
+    });
 }
 
 #[test]

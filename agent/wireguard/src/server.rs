@@ -86,6 +86,13 @@ pub fn inode(path: &Path) -> Option<(u64, u64)> {
     metadata.file_type().is_socket().then(|| (metadata.dev(), metadata.ino()))
 }
 
+/// Removes the socket at `path` if it still is the one with this inode.
+pub fn remove(path: &Path, inode: Option<(u64, u64)>) {
+    if inode.is_some() && self::inode(path) == inode {
+        let _ = fs::remove_file(path);
+    }
+}
+
 /// Whether a device answers at the socket of `name`.
 pub fn answers(name: &DeviceName) -> bool {
     UnixStream::connect(path_of(name)).is_ok()

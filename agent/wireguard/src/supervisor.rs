@@ -1,8 +1,5 @@
 //! The process that holds what a device consists of.
 
-use std::fs;
-use std::path::Path;
-
 use thiserror::Error;
 use tombolo_hold::{Event, HoldError, Memory, Supervisor};
 
@@ -33,7 +30,7 @@ pub fn run(name: &DeviceName, ready: impl FnOnce()) -> Result<i32, DeviceError> 
     let path = server::path_of(name);
     let inode = server::inode(&path);
     let result = supervise(name, tun, listener, ready);
-    remove(&path, inode);
+    server::remove(&path, inode);
     result
 }
 
@@ -69,11 +66,4 @@ fn supervise(
     }
     tracing::info!(device = %name, "ended");
     Ok(code?)
-}
-
-/// Removes our socket, unless another device's has taken its place.
-fn remove(path: &Path, inode: Option<(u64, u64)>) {
-    if inode.is_some() && server::inode(path) == inode {
-        let _ = fs::remove_file(path);
-    }
 }

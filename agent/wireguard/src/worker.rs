@@ -111,7 +111,12 @@ pub fn run(name: &DeviceName) -> Result<End, WorkerError> {
         supervisor: std::os::unix::process::parent_id(),
     };
     worker.resume();
-    worker.carry()
+    let end = worker.carry()?;
+    // The supervisor does this too, unless it died.
+    if end == End::Over {
+        server::remove(&server::path_of(name), worker.socket);
+    }
+    Ok(end)
 }
 
 struct Worker {
@@ -170,7 +175,7 @@ impl Worker {
             }
         };
         let parsed = std::str::from_utf8(&state).ok().map(parse_state);
-        let Some(Ok(mut state)) = parsed else {
+        let Some(Ok(state)) = parsed else {
             tracing::error!("the configuration that was held is unreadable: set it again");
             return;
         };
@@ -186,8 +191,17 @@ impl Worker {
             None => {}
         }
         let peers = state.peers.len();
-        state.replace_peers = false;
-        self.device.resume(state, moment(), &mut self.links);
+        let at = moment();
+        let last = state.peers.iter().map(|p| p.past.last_handshake).max().unwrap_or_default();
+        if last > at.wall {
+            // Initiations carry the wall clock, and a peer takes none that is older than the last (WireGuard paper, 5.1).
+            let behind = last - at.wall;
+            tracing::warn!(
+                ?behind,
+                "the clock went back: peers ignore our handshakes until it has caught up"
+            );
+        }
+        self.device.resume(state, at, &mut self.links);
         tracing::info!(device = %self.name, peers, "resumed");
     }
 
