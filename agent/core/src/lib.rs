@@ -5,8 +5,10 @@
 #![forbid(unsafe_code)]
 
 pub mod desired;
+pub mod diff;
 pub mod finding;
 pub mod known;
+pub mod merge;
 pub mod object;
 pub mod plan;
 pub mod world;

@@ -119,6 +119,8 @@ pub struct ClusterWorld {
     pub backends: Known<BTreeMap<ServiceKey, LocalBackends>>,
     /// Imports as they are: their ClusterSetIPs stick.
     pub imports: Known<BTreeMap<ServiceKey, Import>>,
+    /// Imported EndpointSlices as they are: those of clusters that are not known stay.
+    pub slices: Known<BTreeSet<SliceKey>>,
     /// What other clusters have stated.
     pub foreign: BTreeMap<ClusterId, Foreign>,
     /// Members (not revoked) of whom nothing verified is at hand: what came from them stays as it is.

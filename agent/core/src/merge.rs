@@ -1,0 +1,218 @@
+//! Makes one derived service out of what several clusters export under one name (KEP-1645, "Constraints and Conflict
+//! Resolution"; numbers are those of the MCS checklist in docs/mcs.md).
+//!
+//! Independent of the order of its inputs: constituents are ordered by effective creation, then by cluster id, and the
+//! oldest wins every property that cannot be united.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use tombolo_proto::model::{ClusterId, Export, Port};
+
+use crate::object::Import;
+
+/// One cluster's part in a derived service.
+#[derive(Debug, Clone, Copy)]
+pub struct Constituent<'a> {
+    /// Who exports.
+    pub cluster: &'a ClusterId,
+    /// What it states.
+    pub export: &'a Export,
+    /// `member_since` of its grant, unix seconds: nobody is older than their membership.
+    pub member_since: u64,
+}
+
+impl Constituent<'_> {
+    /// Unix seconds.
+    pub fn created(&self) -> u64 {
+        self.export.created.max(self.member_since)
+    }
+}
+
+/// Reasons of condition `Conflict`, as mcs-api v0.5.0 writes them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Conflict {
+    /// Ports of one name that differ, or of one number that have other names.
+    Port,
+    /// ClusterSetIP and Headless.
+    Type,
+    /// Affinity and none.
+    SessionAffinity,
+    /// Affinities of other lengths.
+    SessionAffinityConfig,
+    /// Exported labels.
+    Labels,
+    /// Exported annotations.
+    Annotations,
+    /// `internalTrafficPolicy`
+    InternalTrafficPolicy,
+    /// `trafficDistribution`
+    TrafficDistribution,
+    /// `ipFamilies`
+    IpFamily,
+}
+
+impl Conflict {
+    /// The reason, verbatim.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Port => "PortConflict",
+            Self::Type => "TypeConflict",
+            Self::SessionAffinity => "SessionAffinityConflict",
+            Self::SessionAffinityConfig => "SessionAffinityConfigConflict",
+            Self::Labels => "LabelsConflict",
+            Self::Annotations => "AnnotationsConflict",
+            Self::InternalTrafficPolicy => "InternalTrafficPolicyConflict",
+            Self::TrafficDistribution => "TrafficDistributionConflict",
+            Self::IpFamily => "IPFamilyConflict",
+        }
+    }
+}
+
+impl fmt::Display for Conflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.reason())
+    }
+}
+
+/// A port of a constituent that is a port of the derived service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exposed {
+    /// As its cluster names it: target ports are found by this name.
+    pub own: Port,
+    /// As the derived service names it.
+    pub merged: Port,
+}
+
+/// A derived service and how it came to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Merged {
+    /// The derived service, without ClusterSetIPs.
+    pub import: Import,
+    /// By cluster: which of its ports count (mcs 20). A cluster whose ports all lost is here with none.
+    pub exposed: BTreeMap<ClusterId, Vec<Exposed>>,
+    /// The oldest constituent, whose values count.
+    pub oldest: ClusterId,
+    /// What differs, and in which clusters it differs from what counts.
+    pub conflicts: BTreeMap<Conflict, BTreeSet<ClusterId>>,
+}
+
+/// Merges what clusters export under one name. None if nobody does.
+pub fn merge(constituents: &[Constituent<'_>]) -> Option<Merged> {
+    let mut ordered: Vec<&Constituent<'_>> = constituents.iter().collect();
+    ordered.sort_by_key(|c| (c.created(), c.cluster));
+    ordered.dedup_by_key(|c| c.cluster);
+    let oldest = ordered.first()?;
+    let first = oldest.export;
+
+    let mut conflicts: BTreeMap<Conflict, BTreeSet<ClusterId>> = BTreeMap::new();
+    let mut ports: Vec<Port> = Vec::new();
+    let mut exposed = BTreeMap::new();
+    for constituent in &ordered {
+        let export = constituent.export;
+        let (list, clean) = unite(&mut ports, &export.ports);
+        exposed.insert(constituent.cluster.clone(), list);
+        let seconds = |e: &Export| e.affinity.filter(|_| first.affinity.is_some());
+        let differs = [
+            (Conflict::Port, !clean),
+            (Conflict::Type, export.kind != first.kind),
+            (Conflict::SessionAffinity, export.affinity.is_some() != first.affinity.is_some()),
+            (Conflict::SessionAffinityConfig, seconds(export).is_some_and(|own| Some(own) != first.affinity)),
+            (Conflict::Labels, export.labels != first.labels),
+            (Conflict::Annotations, export.annotations != first.annotations),
+            (Conflict::InternalTrafficPolicy, export.internal_local != first.internal_local),
+            (Conflict::TrafficDistribution, export.traffic_distribution != first.traffic_distribution),
+            (
+                Conflict::IpFamily,
+                export.families.iter().collect::<BTreeSet<_>>() != first.families.iter().collect(),
+            ),
+        ];
+        for (conflict, _) in differs.into_iter().filter(|(_, differs)| *differs) {
+            conflicts.entry(conflict).or_default().insert(constituent.cluster.clone());
+        }
+    }
+    let import = Import {
+        kind: first.kind,
+        ports,
+        ips: Vec::new(),
+        families: first.families.clone(),
+        affinity: first.affinity,
+        internal_local: first.internal_local,
+        traffic_distribution: first.traffic_distribution.clone(),
+        labels: first.labels.clone(),
+        annotations: first.annotations.clone(),
+        clusters: exposed.keys().cloned().collect(),
+    };
+    Some(Merged { import, exposed, oldest: oldest.cluster.clone(), conflicts })
+}
+
+/// Which of an export's ports are ports of a service whose merged ports are given.
+pub fn expose(merged: &[Port], export: &Export) -> Vec<Exposed> {
+    let mut list: Vec<Exposed> = Vec::new();
+    for own in &export.ports {
+        if let Place::At(merged, _) = place(merged, own)
+            && !list.iter().any(|e| e.merged == *merged)
+        {
+            list.push(Exposed { own: own.clone(), merged: merged.clone() });
+        }
+    }
+    list
+}
+
+/// Adds a constituent's ports to the merged ones: first by name, then by (protocol, port), so that both stay unique
+/// (mcs 11). Tells which count, and whether all agreed.
+fn unite(merged: &mut Vec<Port>, own: &[Port]) -> (Vec<Exposed>, bool) {
+    let mut clean = true;
+    let mut list: Vec<Exposed> = Vec::new();
+    for port in own {
+        let at = match place(merged, port) {
+            Place::At(at, same) => {
+                clean &= same;
+                at.clone()
+            }
+            Place::Lost => {
+                clean = false;
+                continue;
+            }
+            // More ports than a service may have are of no use to anybody.
+            Place::Free if merged.len() >= Export::MAX_PORTS => {
+                clean = false;
+                continue;
+            }
+            Place::Free => {
+                merged.push(port.clone());
+                port.clone()
+            }
+        };
+        if list.iter().any(|e| e.merged == at) {
+            clean = false;
+        } else {
+            list.push(Exposed { own: port.clone(), merged: at });
+        }
+    }
+    (list, clean)
+}
+
+enum Place<'a> {
+    /// It is this one, and whether all its properties are the same.
+    At(&'a Port, bool),
+    /// Its name means another port.
+    Lost,
+    /// Nobody has it yet.
+    Free,
+}
+
+fn place<'a>(merged: &'a [Port], port: &Port) -> Place<'a> {
+    let same = |p: &&Port| p.protocol == port.protocol && p.port == port.port;
+    if let Some(named) = merged.iter().find(|p| p.name == port.name) {
+        return if same(&named) {
+            Place::At(named, named.app_protocol == port.app_protocol)
+        } else {
+            Place::Lost
+        };
+    }
+    match merged.iter().find(same) {
+        Some(other) => Place::At(other, false),
+        None => Place::Free,
+    }
+}

@@ -1,0 +1,115 @@
+//! Imported EndpointSlices: one source cluster, one family and one set of ports each (mcs 20, 24 to 26).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tombolo_proto::model::{Backend, Backends, ClusterId, Family, Port};
+use tombolo_proto::trust::Member;
+
+use super::findings::Findings;
+use super::service::{Derived, Sources};
+use crate::known::Objects;
+use crate::merge::Exposed;
+use crate::object::{Import, ServiceKey, Slice, SliceKey};
+
+/// Backends of a slice.
+const MAX: usize = 100;
+/// Slices of one shard and family.
+const PER_SHARD: u32 = 2048;
+
+/// Plans the slices. A shard of a statement becomes one slice for each set of ports (and hundred backends): a slice
+/// changes when its shard does.
+pub(crate) fn slices(
+    sources: &Sources<'_>,
+    services: &BTreeMap<ServiceKey, Derived<'_>>,
+    imports: &Objects<ServiceKey, Import>,
+    existing: (&BTreeMap<ServiceKey, Import>, &BTreeSet<SliceKey>),
+    findings: &mut Findings,
+) -> Objects<SliceKey, Slice> {
+    let world = sources.world;
+    let mut objects = Objects::default();
+    for (service, derived) in services {
+        let Some(import) = imports.set.get(service).or_else(|| existing.0.get(service)) else { continue };
+        for (&cluster, exposed) in &derived.exposed {
+            let own;
+            let (member, shards): (&Member, Vec<(u32, &Backends)>) = if *cluster == world.cluster {
+                own = sources.own.and_then(|own| own.get(service));
+                let shards = own.iter().flat_map(|own| &own.shards).map(|(n, s)| (*n, s)).collect();
+                (&world.own, shards)
+            } else {
+                let Some(foreign) = world.foreign.get(cluster) else { continue };
+                let shards = foreign.backends.get(service).into_iter().flatten().map(|(n, s)| (*n, s));
+                (&foreign.member, shards.collect())
+            };
+            let mut outside = 0;
+            for (number, shard) in shards.into_iter().filter(|(n, _)| *n < Backends::MAX_SHARDS) {
+                for &family in &import.families {
+                    let key = |index| SliceKey {
+                        service: service.clone(),
+                        source: cluster.clone(),
+                        family,
+                        index: number * PER_SHARD + index,
+                    };
+                    let list = divide(shard, family, import, exposed, member, &mut outside);
+                    objects.set.extend((0..PER_SHARD).zip(list).map(|(index, slice)| (key(index), slice)));
+                }
+            }
+            if outside > 0 {
+                report(cluster, service, outside, findings);
+            }
+        }
+    }
+    // What came from somebody who is not at hand stays, as long as its service does.
+    let stays = |key: &&SliceKey| {
+        services.contains_key(&key.service) && sources.unknown(&key.source, &key.service.namespace)
+    };
+    objects.keep = existing.1.iter().filter(stays).cloned().collect();
+    objects
+}
+
+fn report(cluster: &ClusterId, service: &ServiceKey, outside: usize, findings: &mut Findings) {
+    let text = format!(
+        "states {outside} backends of {service} outside of its own ranges; they are not used. \
+         A mistake there, or an attempt to draw traffic elsewhere"
+    );
+    findings.error("BackendOutsideGrant", format!("cluster {cluster}"), text);
+}
+
+/// One shard's slices of a family, in order of their ports.
+fn divide(
+    shard: &Backends,
+    family: Family,
+    import: &Import,
+    exposed: &[Exposed],
+    member: &Member,
+    outside: &mut usize,
+) -> Vec<Slice> {
+    let mut by_ports: BTreeMap<Vec<Port>, BTreeSet<&Backend>> = BTreeMap::new();
+    for group in &shard.groups {
+        let ports = target_ports(&group.ports, exposed);
+        // Of a service without ports (headless) names alone count; else a backend without one has no use.
+        if ports.is_empty() && !import.ports.is_empty() {
+            continue;
+        }
+        let wanted = group.backends.iter().filter(|b| Family::of(b.address) == family);
+        let (good, bad): (Vec<&Backend>, Vec<&Backend>) = wanted.partition(|b| member.owns(b.address));
+        *outside += bad.len();
+        by_ports.entry(ports).or_default().extend(good);
+    }
+    let mut slices = Vec::new();
+    for (ports, backends) in by_ports {
+        let backends: Vec<Backend> = backends.into_iter().cloned().collect();
+        for part in backends.chunks(MAX) {
+            slices.push(Slice { ports: ports.clone(), backends: part.to_vec() });
+        }
+    }
+    slices
+}
+
+/// A group's target ports under the names of the derived service's ports.
+fn target_ports(targets: &[Port], exposed: &[Exposed]) -> Vec<Port> {
+    let find = |e: &Exposed| {
+        let same = |t: &&Port| t.name == e.own.name && t.protocol == e.own.protocol;
+        targets.iter().find(same).map(|t| Port { port: t.port, ..e.merged.clone() })
+    };
+    exposed.iter().filter_map(find).collect()
+}
