@@ -56,7 +56,7 @@ pub fn grant(cluster_name: &str, serial: u64, owned: &[&str], subject: PublicKey
         set: set().1.set(),
         cluster: cluster(cluster_name),
         serial,
-        member_since: 1_700_000_000 + serial,
+        member_since: serial.saturating_add(1_700_000_000),
         owned: owned.iter().map(|p| net(p)).collect(),
         tunnel: BTreeSet::from([net(&format!("198.18.{}.0/24", serial % 256))]),
         namespaces: Vec::new(),
