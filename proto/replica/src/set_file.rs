@@ -72,3 +72,30 @@ pub enum SetFileError {
     #[error("the set file is not to be trusted; take it again from where `tombolo init` was run")]
     Trust(#[source] TrustError),
 }
+
+#[cfg(test)]
+mod tests {
+    use tombolo_proto::model::SetName;
+    use tombolo_proto::trust::{Roots, SigningKey};
+
+    use super::*;
+
+    fn file() -> SetFile {
+        let root = SigningKey::from_seed(&[7; 32]);
+        let name = SetName::new("harbour").unwrap();
+        let first = Roots { version: 1, name, keys: vec![root.public()], previous: None };
+        let roots = RootChain::first(&first.sign(&root)).unwrap();
+        let brokers = Brokers { set: roots.set(), version: 1, brokers: Vec::new() }.sign(&root);
+        let brokers = roots.brokers(&brokers).unwrap();
+        SetFile { roots, brokers }
+    }
+
+    #[test]
+    fn goes_through_text() {
+        let text = file().to_text();
+        assert_eq!(SetFile::parse(&format!("{text}\n")).unwrap(), file());
+        for cut in 0..text.len() {
+            assert!(SetFile::parse(&text[..cut]).is_err(), "cut at {cut}");
+        }
+    }
+}

@@ -235,9 +235,16 @@ impl Session {
                     }
                     tend.extend(replica.origins().map(|(cluster, _)| cluster.clone()));
                 }
-                Change::Origin(cluster) => {
+                Change::Origin(cluster) if replica.origin(cluster).is_some() => {
                     tend.insert(cluster.clone());
                     self.dirty.insert(cluster.clone());
+                }
+                Change::Origin(cluster) => {
+                    // Revoked: what comes next is another beginning.
+                    if let Some(talk) = self.talks.get_mut(cluster) {
+                        *talk = Talk { peer_has: talk.peer_has, sent: talk.sent, ..Talk::default() };
+                    }
+                    self.stream.take_if(|stream| stream.origin == *cluster);
                 }
             }
         }
@@ -247,16 +254,7 @@ impl Session {
 
     /// Drops a stage that was overtaken, and begins one for scopes that are wanted and missing.
     fn tend(&mut self, replica: &Replica, cluster: &ClusterId) {
-        let Some(held) = replica.origin(cluster) else {
-            // Revoked: what comes next is another beginning.
-            if let Some(talk) = self.talks.get_mut(cluster) {
-                *talk = Talk { peer_has: talk.peer_has, sent: talk.sent, ..Talk::default() };
-            }
-            if self.stream.as_ref().is_some_and(|stream| stream.origin == *cluster) {
-                self.stream = None;
-            }
-            return;
-        };
+        let Some(held) = replica.origin(cluster) else { return };
         let talk = self.talks.entry(cluster.clone()).or_default();
         let complete = replica.is_complete(cluster);
         let position = held.position();
