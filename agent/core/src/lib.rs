@@ -8,6 +8,7 @@ pub mod desired;
 pub mod diff;
 pub mod finding;
 pub mod known;
+pub mod lease;
 pub mod merge;
 pub mod object;
 pub mod plan;
