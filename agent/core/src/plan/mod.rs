@@ -18,6 +18,8 @@ mod shard;
 mod slice;
 mod vip;
 
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 
@@ -25,6 +27,7 @@ use tombolo_proto::model::{ClusterId, Endpoint, NodeName, Record, RecordKey, Sco
 use tombolo_proto::wire;
 
 use self::findings::Findings;
+pub(crate) use self::hash::stable as stable_hash;
 use self::service::Sources;
 use crate::desired::{ClusterDesired, NodeDesired};
 use crate::finding::Finding;

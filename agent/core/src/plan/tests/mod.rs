@@ -1,0 +1,1 @@
+//! Laws of design.md 9 on plans.
