@@ -334,10 +334,13 @@ impl Device {
 
     /// An empty packet, or a call if there are no keys: unlike a packet it must not wait in a queue.
     fn keepalive(&mut self, slot: Slot, at: Moment, wire: &mut impl Wire) {
-        let peer = self.peers[usize::from(slot)].as_ref();
-        if peer.and_then(|p| p.session.as_ref()).is_some_and(Session::is_established) {
+        let Some(peer) = self.peers[usize::from(slot)].as_ref() else { return };
+        let Some(session) = peer.session.as_ref() else { return };
+        let (established, stale) = (session.is_established(), session.is_stale());
+        if established {
             self.seal(slot, &[], at, wire);
-        } else {
+        }
+        if !established || stale {
             self.initiate(slot, at, wire);
         }
     }

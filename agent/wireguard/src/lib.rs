@@ -6,6 +6,8 @@
 //! A worker that dies is restarted at once and goes on from what is held. `tombolo-wireguard serve` keeps one device
 //! for each file in a directory ([`serve`]).
 
+#![deny(unsafe_code)]
+
 pub mod allowed;
 pub mod daemon;
 pub mod device;
@@ -16,6 +18,7 @@ pub mod packet;
 pub mod serve;
 pub mod server;
 pub mod supervisor;
+#[expect(unsafe_code, reason = "ioctl on interfaces")]
 pub mod tun;
 pub mod uapi;
 pub mod udp;

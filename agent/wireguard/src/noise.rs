@@ -9,6 +9,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::handshake::parse_handshake_anon;
@@ -22,6 +23,9 @@ pub const BUFFER: usize = 65536 + 256;
 
 /// Handshake messages a second, over all peers, from which on senders must prove their address by a cookie.
 const HANDSHAKES_A_SECOND: u64 = 500;
+
+/// REKEY_AFTER_TIME of the WireGuard paper.
+const REKEY_AFTER: Duration = Duration::from_secs(120);
 
 /// Bits of a receiver index that boringtun counts sessions with.
 const SESSION_BITS: u32 = 8;
@@ -148,6 +152,8 @@ pub struct Session {
     tunn: Box<Tunn>,
     /// The index of a session we answered, until the peer proves by data that it has it.
     unconfirmed: Option<u32>,
+    /// Whether the keys in use come from a call of ours.
+    called: bool,
 }
 
 impl Session {
@@ -157,7 +163,7 @@ impl Session {
         let limiter = Some(Arc::clone(&identity.open));
         let preshared = preshared.map(PresharedKey::bytes);
         let tunn = Tunn::new(identity.private.secret(), peer.noise(), preshared, None, index, limiter);
-        Self { tunn: Box::new(tunn), unconfirmed: None }
+        Self { tunn: Box::new(tunn), unconfirmed: None, called: false }
     }
 
     /// Sends packets to the peer. Without a session the engine queues them (256 at most) and calls the peer. An
@@ -221,6 +227,7 @@ impl Session {
         let opened = Opened { handshake: opened.handshake || confirmed, ..opened };
         // Only now: before the peer has proved the new keys the queue would start a second handshake.
         if opened.handshake {
+            self.called = !confirmed;
             while let TunnResult::WriteToNetwork(message) = self.tunn.decapsulate(None, &[], &mut scratch.0) {
                 sink.network(message);
             }
@@ -240,6 +247,12 @@ impl Session {
     /// Whether there are keys to send with.
     pub fn is_established(&self) -> bool {
         self.tunn.time_since_last_handshake().is_some()
+    }
+
+    /// Whether keys are due that the engine does not see to: it renews them (REKEY_AFTER_TIME, by the one who called)
+    /// only for packets, not for keepalives.
+    pub fn is_stale(&self) -> bool {
+        self.called && self.tunn.time_since_last_handshake().is_some_and(|age| age >= REKEY_AFTER)
     }
 
     /// Retransmission, rekeying, passive keepalive, expiry; to be called each 250 ms.
