@@ -9,6 +9,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .build_client(grpc)
         .build_server(grpc)
+        .codec_path("crate::codec::BoundedCodec")
         .bytes(".")
         .btree_map(".")
         .compile_fds(files)?;

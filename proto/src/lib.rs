@@ -6,6 +6,8 @@
 //! - [`pb`]: the generated types, for [`wire`] and for the shells that move messages.
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "grpc")]
+pub mod codec;
 pub mod model;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -25,11 +25,11 @@ impl fmt::Display for Scope {
 
 /// Kinds of records that this version reads.
 pub mod record_kind {
-    /// `Endpoint`, name: [node].
+    /// `Endpoint`, name: `[node]`.
     pub const ENDPOINT: u32 = 1;
-    /// `Export`, name: [service].
+    /// `Export`, name: `[service]`.
     pub const EXPORT: u32 = 2;
-    /// `Backends`, name: [service, shard].
+    /// `Backends`, name: `[service, shard]`.
     pub const BACKENDS: u32 = 3;
 }
 

@@ -3,6 +3,7 @@
 mod document;
 mod record;
 mod session;
+mod shape;
 
 pub use document::{
     InvitationParts, decode_binding, decode_brokers, decode_envelope, decode_grant, decode_invitation,
@@ -17,6 +18,8 @@ pub use session::{
     Alarm, Chunk, Documents, Have, Hello, MembershipParts, Message, ScopeDelta, Update, Want,
     decode_documents, decode_message, encode_documents, encode_message,
 };
+
+pub use shape::{MAX_FIELDS, Shape, Shaped, check_fields, decode_shaped};
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
