@@ -1,0 +1,340 @@
+//! Elements of sets and maps: typed values that are written as nft text and read out of nft's JSON. Nothing else ever
+//! comes into a script.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde_json::Value;
+use tombolo_agent_core::desired::{Firewall, Vip};
+use tombolo_agent_core::world::Reach;
+use tombolo_proto::model::{DeviceNumber, Family, Prefix, Protocol};
+
+use super::super::netlink::device_number;
+use super::shape::{MAX_BACKENDS, affinity_class};
+
+/// One value of a key or of what it leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Datum {
+    /// Of an interval set.
+    Net(IpNet),
+    /// An address.
+    Address(IpAddr),
+    /// A transport.
+    Protocol(Protocol),
+    /// A port, or the index of a backend.
+    Number(u16),
+    /// A link's name.
+    Device(DeviceNumber),
+    /// An IP family.
+    Family(Family),
+    /// `goto pick<family>_<n>`
+    Pick(Family, u16),
+    /// `goto keep<family>_<seconds>`
+    Keep(Family, u32),
+}
+
+impl fmt::Display for Datum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Net(net) if net.prefix_len() == net.max_prefix_len() => write!(f, "{}", net.addr()),
+            Self::Net(net) => write!(f, "{net}"),
+            Self::Address(address) => write!(f, "{address}"),
+            Self::Protocol(protocol) => f.write_str(protocol_name(*protocol)),
+            Self::Number(number) => write!(f, "{number}"),
+            Self::Device(number) => write!(f, "\"{number}\""),
+            Self::Family(Family::V4) => f.write_str("ipv4"),
+            Self::Family(Family::V6) => f.write_str("ipv6"),
+            Self::Pick(..) | Self::Keep(..) => write!(f, "goto {}", Goto(self)),
+        }
+    }
+}
+
+/// Name of the chain of a verdict.
+struct Goto<'a>(&'a Datum);
+
+impl fmt::Display for Goto<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Datum::Pick(family, n) => write!(f, "pick{}_{n}", digit(*family)),
+            Datum::Keep(family, seconds) => write!(f, "keep{}_{seconds}", digit(*family)),
+            _ => Ok(()),
+        }
+    }
+}
+
+pub(super) fn digit(family: Family) -> char {
+    match family {
+        Family::V4 => '4',
+        Family::V6 => '6',
+    }
+}
+
+fn protocol_name(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+        Protocol::Sctp => "sctp",
+    }
+}
+
+/// What stands in one place of a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Column {
+    Net,
+    Address,
+    Protocol,
+    Number,
+    Device,
+    Family,
+    Verdict,
+}
+
+impl Column {
+    fn parse(self, value: &Value) -> Option<Datum> {
+        let text = value.as_str();
+        match self {
+            Self::Net => parse_net(value).map(Datum::Net),
+            Self::Address => text?.parse().ok().map(Datum::Address),
+            Self::Protocol => Some(Datum::Protocol(match (text, value.as_u64()) {
+                (Some("tcp"), _) | (_, Some(6)) => Protocol::Tcp,
+                (Some("udp"), _) | (_, Some(17)) => Protocol::Udp,
+                (Some("sctp"), _) | (_, Some(132)) => Protocol::Sctp,
+                _ => return None,
+            })),
+            Self::Number => value.as_u64().and_then(|n| n.try_into().ok()).map(Datum::Number),
+            Self::Device => device_number(text?).map(Datum::Device),
+            Self::Family => match text? {
+                "ipv4" => Some(Datum::Family(Family::V4)),
+                "ipv6" => Some(Datum::Family(Family::V6)),
+                _ => None,
+            },
+            Self::Verdict => parse_goto(value.get("goto")?.get("target")?.as_str()?),
+        }
+    }
+}
+
+fn parse_net(value: &Value) -> Option<IpNet> {
+    match value {
+        Value::String(text) => text.parse::<IpAddr>().ok().map(IpNet::from),
+        other => {
+            let prefix = other.get("prefix")?;
+            let address: IpAddr = prefix.get("addr")?.as_str()?.parse().ok()?;
+            IpNet::new(address, prefix.get("len")?.as_u64()?.try_into().ok()?).ok()
+        }
+    }
+}
+
+fn parse_goto(chain: &str) -> Option<Datum> {
+    let (head, number) = chain.split_once('_')?;
+    Some(match head {
+        "pick4" => Datum::Pick(Family::V4, number.parse().ok()?),
+        "pick6" => Datum::Pick(Family::V6, number.parse().ok()?),
+        "keep4" => Datum::Keep(Family::V4, number.parse().ok()?),
+        "keep6" => Datum::Keep(Family::V6, number.parse().ok()?),
+        _ => return None,
+    })
+}
+
+/// A key; and what it leads to, empty for sets.
+pub(super) type Elements = BTreeMap<Vec<Datum>, Vec<Datum>>;
+
+/// Reads the `elem` of a set or map out of nft's JSON.
+pub(super) fn parse(elements: &Value, key: &[Column], value: &[Column]) -> Option<Elements> {
+    elements
+        .as_array()?
+        .iter()
+        .map(|element| {
+            if value.is_empty() {
+                return Some((parse_tuple(element, key)?, Vec::new()));
+            }
+            let [k, v] = element.as_array()?.as_slice() else { return None };
+            Some((parse_tuple(k, key)?, parse_tuple(v, value)?))
+        })
+        .collect()
+}
+
+fn parse_tuple(value: &Value, columns: &[Column]) -> Option<Vec<Datum>> {
+    // An element that has a timeout or a comment is wrapped.
+    let value = value.get("elem").and_then(|elem| elem.get("val")).unwrap_or(value);
+    match (columns, value.get("concat").and_then(Value::as_array)) {
+        ([column], None) => Some(vec![column.parse(value)?]),
+        (columns, Some(all)) if all.len() == columns.len() => {
+            columns.iter().zip(all).map(|(column, value)| column.parse(value)).collect()
+        }
+        _ => None,
+    }
+}
+
+/// `a . b . c`
+pub(super) struct Tuple<'a>(pub &'a [Datum]);
+
+impl fmt::Display for Tuple<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, datum) in self.0.iter().enumerate() {
+            if i > 0 {
+                f.write_str(" . ")?;
+            }
+            write!(f, "{datum}")?;
+        }
+        Ok(())
+    }
+}
+
+/// All sets and maps that have data, by name.
+pub(super) fn desired(firewall: &Firewall) -> BTreeMap<String, Elements> {
+    let mut all = BTreeMap::new();
+    for family in Family::ALL {
+        one_family(firewall, family, &mut all);
+    }
+    let devices = firewall.out_devices.iter().map(|n| (vec![Datum::Device(*n)], Vec::new()));
+    all.insert("out_devices".to_owned(), devices.collect());
+    all
+}
+
+fn one_family(firewall: &Firewall, family: Family, all: &mut BTreeMap<String, Elements>) {
+    let mut put = |name: &str, elements: Elements| {
+        all.insert(format!("{name}{}", digit(family)), elements);
+    };
+    let ours = |address: &IpAddr| Family::of(*address) == family;
+    let tunnel: BTreeSet<IpAddr> = firewall.tunnel.iter().copied().filter(ours).collect();
+
+    put("foreign", nets(firewall.remote.iter().map(Prefix::net), family));
+    put("own", nets(firewall.own.iter().chain(&firewall.own_tunnel).map(Prefix::net), family));
+    let hosts = tunnel.iter().map(|address| IpNet::from(*address));
+    put("here", nets(firewall.local.iter().map(Prefix::net).chain(hosts), family));
+    let open = firewall.remote.iter().filter(|_| firewall.reach == Reach::All);
+    put("open", nets(open.map(Prefix::net), family));
+
+    let exported = firewall.exported.iter().filter(|(address, ..)| ours(address));
+    put(
+        "exported",
+        exported
+            .clone()
+            .map(|(a, protocol, port)| {
+                (vec![Datum::Address(*a), Datum::Protocol(*protocol), Datum::Number(*port)], Vec::new())
+            })
+            .collect(),
+    );
+    put("echo", addresses(exported.map(|(address, ..)| *address).chain(tunnel.iter().copied())));
+    put("tunnel", addresses(tunnel.iter().copied()));
+    put(
+        "source",
+        tunnel.first().map(|a| (vec![Datum::Family(family)], vec![Datum::Address(*a)])).into_iter().collect(),
+    );
+
+    let resolvers = firewall.resolvers.iter().copied().filter(ours);
+    put("resolver", addresses(resolvers.clone()));
+    let vips = firewall.vips.iter().filter(|(vip, _)| ours(&vip.address));
+    put("claimed", addresses(vips.clone().map(|(vip, _)| vip.address).chain(resolvers)));
+
+    let (mut verdicts, mut backends, mut keeps) = (Elements::new(), Elements::new(), Elements::new());
+    for (vip, balance) in vips {
+        let key = vip_key(vip);
+        let chosen = fair_subset(balance.backends.iter().copied().filter(|(a, _)| ours(a)).collect());
+        let Ok(count @ 1..) = u16::try_from(chosen.len()) else { continue };
+        verdicts.insert(key.clone(), vec![Datum::Pick(family, count)]);
+        for (index, (address, port)) in (0..).zip(chosen) {
+            let key = key.iter().copied().chain([Datum::Number(index)]).collect();
+            backends.insert(key, vec![Datum::Address(address), Datum::Number(port)]);
+        }
+        if let Some(seconds) = balance.affinity {
+            keeps.insert(key, vec![Datum::Keep(family, affinity_class(seconds.get()))]);
+        }
+    }
+    put("vip", verdicts);
+    put("backend", backends);
+    put("keep", keeps);
+}
+
+fn vip_key(vip: &Vip) -> Vec<Datum> {
+    vec![Datum::Address(vip.address), Datum::Protocol(vip.protocol), Datum::Number(vip.port)]
+}
+
+/// Of more than nft chooses from, equally many out of every part.
+fn fair_subset(backends: Vec<(IpAddr, u16)>) -> Vec<(IpAddr, u16)> {
+    let max = usize::from(MAX_BACKENDS);
+    if backends.len() <= max {
+        return backends;
+    }
+    (0..max).map(|i| backends[i * backends.len() / max]).collect()
+}
+
+fn addresses(all: impl Iterator<Item = IpAddr>) -> Elements {
+    all.map(|address| (vec![Datum::Address(address)], Vec::new())).collect()
+}
+
+/// Interval sets take no overlaps.
+fn nets(all: impl Iterator<Item = IpNet>, family: Family) -> Elements {
+    let mut v4 = Vec::<Ipv4Net>::new();
+    let mut v6 = Vec::<Ipv6Net>::new();
+    for net in all {
+        match net {
+            IpNet::V4(net) => v4.push(net),
+            IpNet::V6(net) => v6.push(net),
+        }
+    }
+    let nets: Vec<IpNet> = match family {
+        Family::V4 => Ipv4Net::aggregate(&v4).into_iter().map(IpNet::V4).collect(),
+        Family::V6 => Ipv6Net::aggregate(&v6).into_iter().map(IpNet::V6).collect(),
+    };
+    nets.into_iter().map(|net| (vec![Datum::Net(net)], Vec::new())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_nft_lists_is_read() {
+        let read = |value: Value, key: &[Column], data: &[Column]| parse(&value, key, data);
+        let vip = [Column::Address, Column::Protocol, Column::Number];
+        let elements = read(
+            json!([[{"concat": ["198.19.0.10", "tcp", 80]}, {"goto": {"target": "pick4_2"}}],
+                   [{"concat": ["198.19.0.10", 132, 80]}, {"goto": {"target": "pick4_64"}}]]),
+            &vip,
+            &[Column::Verdict],
+        )
+        .unwrap();
+        assert_eq!(elements.values().next().unwrap(), &[Datum::Pick(Family::V4, 2)]);
+        let nets =
+            read(json!(["10.3.0.7", {"prefix": {"addr": "10.0.0.0", "len": 16}}]), &[Column::Net], &[])
+                .unwrap();
+        let text: Vec<String> = nets.keys().map(|k| Tuple(k).to_string()).collect();
+        assert_eq!(text, ["10.0.0.0/16", "10.3.0.7"]);
+        let kept = read(
+            json!([[{"elem": {"val": {"concat": ["10.1.1.1", "198.19.0.10", "udp", 80]}, "timeout": 100, "expires": 99}},
+                    {"concat": ["10.2.3.4", 8080]}]]),
+            &[Column::Address, Column::Address, Column::Protocol, Column::Number],
+            &[Column::Address, Column::Number],
+        )
+        .unwrap();
+        assert_eq!(Tuple(kept.keys().next().unwrap()).to_string(), "10.1.1.1 . 198.19.0.10 . udp . 80");
+    }
+
+    #[test]
+    fn what_we_never_wrote_is_not_read() {
+        let range = json!([{"range": ["10.4.0.5", "10.4.0.9"]}]);
+        assert_eq!(parse(&range, &[Column::Net], &[]), None);
+        for odd in [json!(["tombolo0; flush ruleset"]), json!(["eth0"]), json!([7]), json!({}), json!(null)] {
+            assert_eq!(parse(&odd, &[Column::Device], &[]), None, "{odd}");
+        }
+        let verdict =
+            json!([["10.0.0.1", {"goto": {"target": "elsewhere_1"}}], ["10.0.0.2", {"accept": null}]]);
+        assert_eq!(parse(&verdict, &[Column::Address], &[Column::Verdict]), None);
+    }
+
+    #[test]
+    fn of_many_backends_a_fair_part_is_taken() {
+        let many: Vec<_> =
+            (0..1000u16).map(|i| (IpAddr::from([10, 0, (i >> 8) as u8, i as u8]), 80)).collect();
+        let some = fair_subset(many.clone());
+        assert_eq!(some.len(), 64);
+        assert_eq!(some[0], many[0]);
+        assert!(some[63].0 > many[950].0);
+        assert_eq!(fair_subset(many[..64].to_vec()), many[..64]);
+    }
+}
