@@ -40,20 +40,27 @@ fn clusterset_ip(import: &Import) -> ClusterSetIP {
     ClusterSetIP { v4, v6, ports: ports(&import.ports) }
 }
 
+/// What a hostname of a cluster stands for.
+#[derive(Default)]
+struct Gathered {
+    addresses: BTreeSet<IpAddr>,
+    ports: BTreeSet<Port>,
+}
+
 /// Nothing at all if no endpoint is ready (2.4.1: NXDOMAIN).
 fn headless(service: &ServiceKey, slices: &[(&SliceKey, &Slice)]) -> Option<Headless> {
-    let mut gathered: BTreeMap<(&ClusterId, String), (BTreeSet<IpAddr>, BTreeSet<Port>)> = BTreeMap::new();
+    let mut gathered: BTreeMap<(&ClusterId, String), Gathered> = BTreeMap::new();
     for (key, slice) in slices {
         let ports = ports(&slice.ports);
         let fits = |b: &&Backend| b.ready && Family::of(b.address) == key.family;
         for backend in slice.backends.iter().filter(fits) {
-            let (addresses, of_host) = gathered.entry((&key.source, hostname(backend))).or_default();
-            addresses.insert(backend.address);
-            of_host.extend(ports.iter().cloned());
+            let host = gathered.entry((&key.source, hostname(backend))).or_default();
+            host.addresses.insert(backend.address);
+            host.ports.extend(ports.iter().cloned());
         }
     }
     let mut clusters: BTreeMap<&ClusterId, [VecDeque<Host>; 3]> = BTreeMap::new();
-    for ((cluster, name), (addresses, ports)) in gathered {
+    for ((cluster, name), Gathered { addresses, ports }) in gathered {
         let target = Target {
             host: Some((&name, cluster.as_str())),
             service: service.name.as_str(),
