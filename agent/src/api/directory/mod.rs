@@ -1,0 +1,391 @@
+//! The cluster's API as a directory on one machine: `docs/directory.md`.
+//!
+//! `manifests/` is people's (and `tombolo export`'s), `state/` is ours.
+
+mod assemble;
+mod document;
+mod export;
+mod join;
+mod object;
+mod reader;
+mod store;
+mod tree;
+mod watch;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use async_trait::async_trait;
+use serde_json::Value;
+use tokio::sync::watch::Receiver;
+use tombolo_agent_core::finding::{Finding, Severity};
+use tombolo_agent_core::known::{Known, Objects};
+use tombolo_agent_core::object::{ExportStatus, Import, ServiceKey, Slice, SliceKey, TunnelNode};
+use tombolo_proto::model::{ClusterId, NodeName, Record, RecordKey};
+use tombolo_proto::trust::SigningKey;
+
+use super::kind::{
+    self, Kind, ObjectId, Problem, cluster_set, json, lease, member, multicluster, secret, slice, time,
+    tunnel_node, typed,
+};
+use super::{Applied, ClusterApi, ClusterSet, Error, Lease, Member, Observed, Version, Versioned};
+use reader::Reader;
+use store::{Store, Transaction, object_error, version};
+use watch::Watching;
+
+pub use export::Edited;
+
+/// What people write.
+pub const MANIFESTS: &str = "manifests";
+/// What we write.
+pub const STATE: &str = "state";
+
+/// A cluster's directory. Cheap to open; the watching thread starts with the first [`ClusterApi::observe`] and
+/// ends when this is dropped.
+pub struct Directory {
+    root: PathBuf,
+    store: Arc<Store>,
+    watching: OnceLock<Result<Watching, Receiver<Arc<Observed>>>>,
+}
+
+impl Directory {
+    /// Opens a directory. Nothing is made or written.
+    ///
+    /// # Errors
+    /// [`Error::NotADirectory`] if it has no `manifests/` and `state/`.
+    pub fn open(root: impl Into<PathBuf>) -> Result<Self, Error> {
+        let root = root.into();
+        for half in [MANIFESTS, STATE] {
+            if !root.join(half).is_dir() {
+                return Err(Error::NotADirectory { path: root, problem: format!("it has no {half}/") });
+            }
+        }
+        Ok(Self::at(root))
+    }
+
+    /// Opens a directory, making what is missing of it.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn create(root: impl Into<PathBuf>) -> Result<Self, Error> {
+        let root = root.into();
+        store::make_dir(&root.join(MANIFESTS), 0o755)?;
+        store::make_dir(&root.join(STATE), 0o755)?;
+        Ok(Self::at(root))
+    }
+
+    fn at(root: PathBuf) -> Self {
+        let store = Arc::new(Store::new(root.join(STATE)));
+        Self { root, store, watching: OnceLock::new() }
+    }
+
+    /// Where it is.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Reads all of it once, for commands such as `tombolo status`.
+    pub fn read(&self) -> Observed {
+        self.reader().observed()
+    }
+
+    fn reader(&self) -> Reader {
+        let mut reader = Reader::new(&self.root);
+        reader.scan(&BTreeSet::new());
+        reader
+    }
+
+    /// Who leads.
+    ///
+    /// # Errors
+    /// If the Lease cannot be read.
+    pub fn read_lease(&self) -> Result<Option<Versioned<Lease>>, Error> {
+        self.read_typed(&own(lease::id())?, |value| lease::read(&typed(value)?))
+    }
+
+    /// The set, if this cluster is a member.
+    ///
+    /// # Errors
+    /// If the object cannot be read.
+    pub fn read_clusterset(&self) -> Result<Option<Versioned<ClusterSet>>, Error> {
+        self.read_typed(&own(cluster_set::id())?, |value| cluster_set::read(&typed(value)?))
+    }
+
+    /// The cluster's signing key.
+    ///
+    /// # Errors
+    /// If the Secret cannot be read.
+    pub fn read_cluster_key(&self) -> Result<Option<SigningKey>, Error> {
+        Ok(self.read_typed(&own(secret::id())?, secret::read)?.map(|key| key.value))
+    }
+
+    fn read_typed<T>(
+        &self,
+        id: &ObjectId,
+        read: impl FnOnce(&Value) -> Result<T, Problem>,
+    ) -> Result<Option<Versioned<T>>, Error> {
+        let Some(value) = self.store.read(id)? else { return Ok(None) };
+        let version = version(&value);
+        let value = read(&value).map_err(|problem| object_error(id, &problem))?;
+        Ok(Some(Versioned { value, version }))
+    }
+
+    /// Runs work that waits for disks and locks where it harms nobody.
+    async fn transact(
+        &self,
+        body: impl FnOnce(&mut Transaction<'_>) -> Result<(), Error> + Send + 'static,
+    ) -> Result<Applied, Error> {
+        let store = Arc::clone(&self.store);
+        tokio::task::spawn_blocking(move || store.transact(body)).await.map_err(|_| Error::Ending)?
+    }
+
+    async fn swap(&self, id: ObjectId, value: Value, expected: Option<&Version>) -> Result<Version, Error> {
+        let store = Arc::clone(&self.store);
+        let expected = expected.cloned();
+        let work = move || {
+            let mut new = None;
+            store.transact(|t| {
+                new = Some(t.swap(&id, value, expected.as_ref())?);
+                Ok(())
+            })?;
+            new.ok_or(Error::Ending)
+        };
+        tokio::task::spawn_blocking(work).await.map_err(|_| Error::Ending)?
+    }
+}
+
+/// Makes the objects of a kind so: `set` put, `keep` left, the rest deleted.
+async fn apply(
+    directory: &Directory,
+    kind: Kind,
+    set: Vec<(ObjectId, Value)>,
+    keep: BTreeSet<ObjectId>,
+) -> Result<Applied, Error> {
+    let work = move |t: &mut Transaction<'_>| {
+        let wanted: BTreeSet<ObjectId> = set.iter().map(|(id, _)| id.clone()).collect();
+        let there = t.list(kind)?;
+        // What comes is written before what goes is deleted.
+        for (id, value) in set {
+            t.put(&id, value)?;
+        }
+        for id in there.keys().filter(|id| !wanted.contains(id) && !keep.contains(id)) {
+            t.delete(id)?;
+        }
+        Ok(())
+    };
+    directory.transact(work).await
+}
+
+#[async_trait]
+impl ClusterApi for Directory {
+    fn observe(&self) -> Receiver<Arc<Observed>> {
+        let start = || {
+            Watching::start(self.root.clone()).map_err(|error| {
+                let finding = Finding {
+                    severity: Severity::Error,
+                    reason: "NoWatch",
+                    object: format!("directory {}", self.root.display()),
+                    message: format!("the system gives no thread to watch it ({error}); restart the agent"),
+                };
+                let observed = Observed { findings: vec![finding], ..Observed::default() };
+                tokio::sync::watch::channel(Arc::new(observed)).1
+            })
+        };
+        match self.watching.get_or_init(start) {
+            Ok(watching) => watching.receiver(),
+            Err(dead) => dead.clone(),
+        }
+    }
+
+    async fn apply_imports(&self, desired: &Objects<ServiceKey, Import>) -> Result<Applied, Error> {
+        let id = |key: &ServiceKey| own(ObjectId::of_service(Kind::ServiceImport, key));
+        let mut set = Vec::new();
+        for (key, import) in &desired.set {
+            set.push((id(key)?, json(&own(multicluster::write_import(key, import))?)));
+        }
+        let keep = desired.keep.iter().map(id).collect::<Result<_, _>>()?;
+        apply(self, Kind::ServiceImport, set, keep).await
+    }
+
+    async fn apply_slices(&self, desired: &Objects<SliceKey, Slice>) -> Result<Applied, Error> {
+        let mut set = Vec::new();
+        for (key, value) in &desired.set {
+            set.push((own(slice::id(key))?, json(&own(slice::write(key, value))?)));
+        }
+        let keep = desired.keep.iter().map(|key| own(slice::id(key))).collect::<Result<_, _>>()?;
+        apply(self, Kind::EndpointSlice, set, keep).await
+    }
+
+    async fn apply_statuses(
+        &self,
+        desired: &BTreeMap<ServiceKey, ExportStatus>,
+        now: u64,
+    ) -> Result<Applied, Error> {
+        let desired = desired.clone();
+        let work = move |t: &mut Transaction<'_>| {
+            for (key, status) in &desired {
+                let id = own(ObjectId::of_service(Kind::ServiceExport, key))?;
+                let Some(Some(known)) = t.get(&id)? else { continue };
+                let was = known.get("status").and_then(|status| typed(status).ok());
+                let status = multicluster::write_status(status, was.as_ref(), now);
+                let mut value = known.as_ref().clone();
+                if let Some(object) = value.as_object_mut() {
+                    object.insert("status".to_owned(), json(&status));
+                }
+                t.put(&id, value)?;
+            }
+            Ok(())
+        };
+        self.transact(work).await
+    }
+
+    async fn stamp_exports(&self, now: u64) -> Result<Applied, Error> {
+        let observed = match self.watching.get() {
+            Some(Ok(watching)) => Arc::clone(&watching.receiver().borrow()),
+            _ => Arc::new(self.read()),
+        };
+        let (Known::Yes(declared), Known::Yes(stamped)) = (&observed.declared_exports, &observed.statuses)
+        else {
+            return Ok(Applied::default());
+        };
+        if declared.iter().eq(stamped.keys()) {
+            return Ok(Applied::default());
+        }
+        let declared = declared.clone();
+        let work = move |t: &mut Transaction<'_>| {
+            let there = t.list(Kind::ServiceExport)?;
+            let mut wanted = BTreeSet::new();
+            for key in &declared {
+                let id = own(ObjectId::of_service(Kind::ServiceExport, key))?;
+                // A damaged one is made anew: then it is new again.
+                if !matches!(there.get(&id), Some(Some(_))) {
+                    let value = serde_json::json!({
+                        "apiVersion": Kind::ServiceExport.api_version(),
+                        "kind": Kind::ServiceExport.name(),
+                        "metadata": {
+                            "name": key.name.as_str(),
+                            "namespace": key.namespace.as_str(),
+                            "labels": { kind::MANAGED_BY_LABEL: kind::MANAGED_BY },
+                            "creationTimestamp": json(&time(now)),
+                        },
+                        "spec": {},
+                    });
+                    t.put(&id, value)?;
+                }
+                wanted.insert(id);
+            }
+            for id in there.keys().filter(|id| !wanted.contains(id)) {
+                t.delete(id)?;
+            }
+            Ok(())
+        };
+        self.transact(work).await
+    }
+
+    async fn write_member(
+        &self,
+        cluster: &ClusterId,
+        member: &Member,
+        nodes: &BTreeMap<RecordKey, Record>,
+    ) -> Result<Applied, Error> {
+        let (cluster, nodes) = (cluster.clone(), nodes.clone());
+        let id = own(member::id(&cluster))?;
+        let value = json(&own(member::write(&cluster, member))?);
+        self.transact(move |t| put_member(t, &cluster, &id, value, &nodes)).await
+    }
+
+    async fn delete_member(&self, cluster: &ClusterId) -> Result<Applied, Error> {
+        let cluster = cluster.clone();
+        let work = move |t: &mut Transaction<'_>| {
+            // First that which makes the cluster a member.
+            t.delete(&own(member::id(&cluster))?)?;
+            for id in shards(t, &cluster)?.keys() {
+                t.delete(id)?;
+            }
+            Ok(())
+        };
+        self.transact(work).await
+    }
+
+    async fn write_tunnel_node(&self, node: &NodeName, value: &TunnelNode) -> Result<Applied, Error> {
+        let id = own(ObjectId::cluster(Kind::TunnelNode, node.as_str()))?;
+        let value = json(&own(tunnel_node::write(node, value))?);
+        self.transact(move |t| t.put(&id, value)).await
+    }
+
+    async fn delete_tunnel_node(&self, node: &NodeName) -> Result<Applied, Error> {
+        let id = own(ObjectId::cluster(Kind::TunnelNode, node.as_str()))?;
+        self.transact(move |t| t.delete(&id)).await
+    }
+
+    async fn clusterset(&self) -> Result<Option<Versioned<ClusterSet>>, Error> {
+        self.read_clusterset()
+    }
+
+    async fn write_clusterset(
+        &self,
+        value: &ClusterSet,
+        expected: Option<&Version>,
+    ) -> Result<Version, Error> {
+        let object = own(cluster_set::write(value))?;
+        self.swap(own(cluster_set::id())?, json(&object), expected).await
+    }
+
+    async fn lease(&self) -> Result<Option<Versioned<Lease>>, Error> {
+        self.read_lease()
+    }
+
+    async fn write_lease(&self, lease: &Lease, expected: Option<&Version>) -> Result<Version, Error> {
+        let object = own(lease::write(lease))?;
+        self.swap(own(lease::id())?, json(&object), expected).await
+    }
+
+    async fn cluster_key(&self) -> Result<Option<SigningKey>, Error> {
+        self.read_cluster_key()
+    }
+}
+
+/// Writes a cluster's nodes, and then the statement that they fit.
+fn put_member(
+    t: &mut Transaction<'_>,
+    cluster: &ClusterId,
+    id: &ObjectId,
+    value: Value,
+    nodes: &BTreeMap<RecordKey, Record>,
+) -> Result<(), Error> {
+    let there = shards(t, cluster)?;
+    let mut placed = BTreeMap::new();
+    for object in there.values().flatten() {
+        if let Ok((_, shard, records)) = typed(object).and_then(|object| member::read_nodes(&object)) {
+            placed.extend(records.into_iter().map(|record| (record.key, shard)));
+        }
+    }
+    let mut wanted = BTreeSet::new();
+    for (shard, object) in own(member::write_nodes(cluster, nodes, &placed))? {
+        let id = own(member::nodes_id(cluster, shard))?;
+        t.put(&id, json(&object))?;
+        wanted.insert(id);
+    }
+    t.put(id, value)?;
+    for id in there.keys().filter(|id| !wanted.contains(id)) {
+        t.delete(id)?;
+    }
+    Ok(())
+}
+
+/// What there is of a cluster's MemberNodes.
+fn shards(t: &Transaction<'_>, cluster: &ClusterId) -> Result<BTreeMap<ObjectId, store::Found>, Error> {
+    let mut all = t.list(Kind::MemberNodes)?;
+    all.retain(|id, _| id.name.as_str().split_once('.').is_some_and(|(name, _)| name == cluster.as_str()));
+    Ok(all)
+}
+
+/// An object of ours that cannot be named or built: a name too long for a file.
+fn own<T>(result: Result<T, Problem>) -> Result<T, Error> {
+    result
+        .map_err(|problem| Error::Object { object: "object of Tombolo".to_owned(), message: problem.message })
+}

@@ -1,0 +1,301 @@
+//! Reads a directory's files, only those that changed, and remembers the last good value of each object.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tombolo_agent_core::finding::Finding;
+
+use super::assemble::{self, assemble};
+use super::object::{self, Object};
+use super::tree::{self, ReadError, Stamp};
+use super::{MANIFESTS, STATE, document};
+use crate::api::kind::{Kind, ObjectId, ObjectName, Problem};
+use crate::api::observed::Observed;
+use tombolo_proto::model::Namespace;
+
+/// Files people may write.
+const MAX_MANIFESTS: usize = 10_000;
+/// Objects of ours.
+const MAX_STATE: usize = 200_000;
+/// A file written so recently may still be being written: a slow scan waits, unless told that it was closed.
+pub(super) const SETTLED: Duration = Duration::from_secs(1);
+/// File times are this coarse: what was written within it of our reading may have changed unseen.
+const GRAIN: Duration = Duration::from_millis(50);
+
+/// One half of a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Half {
+    Manifests,
+    State,
+}
+
+/// What was read of a directory.
+pub(super) struct Reader {
+    manifests: Side,
+    state: Side,
+}
+
+struct Side {
+    half: Half,
+    top: PathBuf,
+    known: bool,
+    files: BTreeMap<String, Content>,
+    findings: Vec<Finding>,
+    dirs: BTreeSet<String>,
+}
+
+struct Content {
+    stamp: Option<Stamp>,
+    young: bool,
+    items: Vec<(ObjectId, Arc<Object>)>,
+    findings: Vec<Finding>,
+}
+
+impl Reader {
+    pub(super) fn new(root: &Path) -> Self {
+        let side = |half, name| Side {
+            half,
+            top: root.join(name),
+            known: false,
+            files: BTreeMap::new(),
+            findings: Vec::new(),
+            dirs: BTreeSet::new(),
+        };
+        Self { manifests: side(Half::Manifests, MANIFESTS), state: side(Half::State, STATE) }
+    }
+
+    /// Looks at every file, reading those that changed. `closed` were closed by their writers and are read at
+    /// once. True if something may still be being written: look again after [`SETTLED`].
+    pub(super) fn scan(&mut self, closed: &BTreeSet<(Half, String)>) -> bool {
+        let again = self.manifests.scan(closed);
+        self.state.scan(closed) || again
+    }
+
+    /// Looks at these files alone.
+    pub(super) fn refresh(&mut self, paths: &BTreeSet<(Half, String)>) {
+        for (half, path) in paths {
+            let side = match half {
+                Half::Manifests => &mut self.manifests,
+                Half::State => &mut self.state,
+            };
+            if side.half.wants(path) {
+                side.look(path);
+            }
+        }
+    }
+
+    /// Directories to be watched, below each half.
+    pub(super) fn dirs(&self) -> impl Iterator<Item = (Half, &str)> {
+        let of = |side: &'_ Side| side.half;
+        [&self.manifests, &self.state]
+            .into_iter()
+            .flat_map(move |side| side.dirs.iter().map(move |dir| (of(side), dir.as_str())))
+    }
+
+    /// All of it.
+    pub(super) fn observed(&self) -> Observed {
+        let mut findings = Vec::new();
+        for side in [&self.manifests, &self.state] {
+            findings.extend(side.findings.iter().cloned());
+            findings.extend(side.files.values().flat_map(|f| f.findings.iter().cloned()));
+        }
+        assemble(&self.manifests.objects(), &self.state.objects(), findings)
+    }
+
+    /// In which manifest files an object stands.
+    pub(super) fn files_of(&self, id: &ObjectId) -> Vec<String> {
+        let has =
+            |content: &Content| content.items.iter().any(|(i, object)| i == id && **object != Object::Other);
+        self.manifests.files.iter().filter(|(_, c)| has(c)).map(|(path, _)| path.clone()).collect()
+    }
+}
+
+impl Half {
+    fn endings(self) -> &'static [&'static str] {
+        match self {
+            Self::Manifests => &[".yaml", ".yml", ".json"],
+            Self::State => &[".json"],
+        }
+    }
+
+    fn wants(self, path: &str) -> bool {
+        self.endings().iter().any(|ending| path.ends_with(ending))
+    }
+
+    fn place(self, path: &str) -> String {
+        let half = match self {
+            Self::Manifests => MANIFESTS,
+            Self::State => STATE,
+        };
+        format!("{half}/{path}")
+    }
+}
+
+impl Side {
+    fn scan(&mut self, closed: &BTreeSet<(Half, String)>) -> bool {
+        let max = match self.half {
+            Half::Manifests => MAX_MANIFESTS,
+            Half::State => MAX_STATE,
+        };
+        self.findings.clear();
+        let listing = match tree::list(&self.top, self.half.endings(), max) {
+            Ok(listing) => listing,
+            Err(error) => {
+                // An unmounted disk looks just like this: nothing is known, and nothing is taken away.
+                self.known = false;
+                let problem = Problem::error(
+                    "DirectoryMissing",
+                    format!(
+                        "{} cannot be read ({error}); nothing changes until it is back (is a disk not mounted? else `tombolo join` makes it)",
+                        self.top.display()
+                    ),
+                );
+                self.findings.push(problem.on(format!("directory {}", self.half.place("")), "observing"));
+                return true;
+            }
+        };
+        for (path, problem) in &listing.problems {
+            let place = self.half.place(path);
+            self.findings.push(problem.on(format!("file {place}"), &place));
+        }
+        let unknown = |path: &str| {
+            listing.unknown.iter().any(|dir| {
+                dir.is_empty() || path.strip_prefix(dir.as_str()).is_some_and(|rest| rest.starts_with('/'))
+            })
+        };
+        self.files.retain(|path, _| listing.files.contains_key(path) || unknown(path));
+        let mut again = false;
+        for (path, stamp) in &listing.files {
+            let known = self.files.get(path);
+            if known.is_some_and(|file| file.stamp == Some(*stamp) && !file.young) {
+                continue;
+            }
+            let settled = self.half == Half::State
+                || stamp.age() >= SETTLED
+                || stamp.is_ahead()
+                || !self.known
+                || closed.contains(&(self.half, path.clone()))
+                || known.is_some_and(|file| file.stamp == Some(*stamp));
+            if settled {
+                self.load(path);
+            } else {
+                again = true;
+            }
+        }
+        self.dirs = listing.dirs;
+        self.known = true;
+        again
+    }
+
+    /// Reads a file if it is another than it was.
+    fn look(&mut self, path: &str) {
+        let known = self.files.get(path);
+        match tree::stamp(&self.top, path) {
+            Ok(stamp) if known.is_some_and(|f| f.stamp == Some(stamp) && !f.young) => {}
+            _ => self.load(path),
+        }
+    }
+
+    fn load(&mut self, path: &str) {
+        let place = self.half.place(path);
+        let (stamp, bytes) = match tree::read(&self.top, path) {
+            Ok(read) => read,
+            Err(ReadError::Gone) => {
+                self.files.remove(path);
+                return;
+            }
+            Err(error) => {
+                let old = self.files.remove(path);
+                let mut findings = vec![error.problem().on(format!("file {place}"), &place)];
+                let items = old.map(|old| old.items).unwrap_or_default();
+                kept(&mut findings, !items.is_empty());
+                self.files.insert(path.to_owned(), Content { stamp: None, young: false, items, findings });
+                return;
+            }
+        };
+        let mut parsed = match self.half {
+            Half::Manifests => document::parse(&place, &bytes),
+            Half::State => parse_state(path, &place, &bytes),
+        };
+        if let Some(old) = self.files.remove(path) {
+            let before = parsed.items.len();
+            let live: BTreeSet<ObjectId> = parsed.items.iter().map(|(id, _)| id.clone()).collect();
+            for (id, object) in old.items {
+                if !live.contains(&id) && (parsed.lost || parsed.failed.contains(&id)) {
+                    parsed.items.push((id, object));
+                }
+            }
+            kept(&mut parsed.findings, parsed.items.len() > before);
+        }
+        let young = stamp.age() < GRAIN || stamp.is_ahead();
+        let content = Content { stamp: Some(stamp), young, items: parsed.items, findings: parsed.findings };
+        self.files.insert(path.to_owned(), content);
+    }
+
+    fn objects(&self) -> assemble::Objects<'_> {
+        self.known.then(|| {
+            self.files
+                .iter()
+                .flat_map(|(path, content)| {
+                    content.items.iter().map(move |(id, object)| (path.as_str(), id, object))
+                })
+                .collect()
+        })
+    }
+}
+
+/// Says that what was good before stays in use.
+fn kept(findings: &mut [Finding], any: bool) {
+    if any {
+        for finding in findings {
+            finding.message.push_str("; what was good before stays in use");
+        }
+    }
+}
+
+fn parse_state(path: &str, place: &str, bytes: &[u8]) -> document::Parsed {
+    let mut parsed = document::Parsed::default();
+    let result = match state_id(path) {
+        Err(problem) => Err((None, problem)),
+        Ok(id) => serde_json::from_slice(bytes)
+            .map_err(|error| Problem::error("BadObject", format!("it is damaged: {error}")))
+            .and_then(|mut value| object::state(&id, &mut value))
+            .map(|object| (id.clone(), object))
+            .map_err(|problem| (Some(id), problem)),
+    };
+    match result {
+        Ok((id, object)) => parsed.items.push((id, Arc::new(object))),
+        Err((id, problem)) => {
+            let object = id.as_ref().map_or_else(|| format!("file {place}"), ToString::to_string);
+            let message = format!("{} (Tombolo alone writes in state/)", problem.message);
+            parsed.findings.push(Problem { message, ..problem }.on(object, place));
+            parsed.failed.extend(id);
+        }
+    }
+    parsed
+}
+
+/// The object that a path in `state/` names.
+pub(super) fn state_id(path: &str) -> Result<ObjectId, Problem> {
+    let stray = || Problem::warning("StrayFile", "Tombolo keeps no object at this path; remove it");
+    let parts: Vec<&str> = path.split('/').collect();
+    let [plural, namespace, file] = parts.as_slice() else {
+        return Err(stray());
+    };
+    let kind = Kind::ALL.into_iter().find(|kind| kind.plural() == *plural).ok_or_else(stray)?;
+    let name = ObjectName::new(file.strip_suffix(".json").ok_or_else(stray)?).map_err(|_| stray())?;
+    let namespace = match (kind.is_namespaced(), *namespace) {
+        (false, "_") => None,
+        (true, namespace) => Some(Namespace::new(namespace).map_err(|_| stray())?),
+        (false, _) => return Err(stray()),
+    };
+    Ok(ObjectId { kind, namespace, name })
+}
+
+/// Where an object lies in `state/`.
+pub(super) fn state_path(id: &ObjectId) -> String {
+    let namespace = id.namespace.as_ref().map_or("_", Namespace::as_str);
+    format!("{}/{namespace}/{}.json", id.kind.plural(), id.name.as_str())
+}

@@ -1,0 +1,200 @@
+//! tombolo.dev/v1alpha1 Member and MemberNodes: what the controller verified of a cluster, as it came.
+
+use std::collections::BTreeMap;
+
+use kube::CustomResource;
+use serde::{Deserialize, Serialize};
+use tombolo_proto::model::{ClusterId, Record, RecordKey};
+use tombolo_proto::trust::{Digest, Membership};
+use tombolo_proto::wire;
+
+use super::{Kind, ObjectId, Problem, bad, envelope_text, own_meta, read_envelope};
+use crate::api::observed::Member;
+
+/// `spec` of a Member; its name is the cluster's id.
+#[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[kube(
+    group = "tombolo.dev",
+    version = "v1alpha1",
+    kind = "Member",
+    root = "MemberResource",
+    plural = "members",
+    schema = "disabled",
+    derive = "PartialEq"
+)]
+#[serde(rename_all = "camelCase")]
+pub struct MemberSpec {
+    /// Envelope in base64.
+    pub grant: String,
+    /// Envelopes in base64, generations 0, 1, ...
+    pub bindings: Vec<String>,
+    /// Envelope in base64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub statement: Option<String>,
+    /// SHA-256 in hexadecimal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespaces_hash: Option<String>,
+    /// Of the statement, for people only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub position: Option<String>,
+}
+
+/// `spec` of a MemberNodes: a shard of the records of a cluster's scope `nodes`.
+#[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[kube(
+    group = "tombolo.dev",
+    version = "v1alpha1",
+    kind = "MemberNodes",
+    root = "MemberNodesResource",
+    plural = "membernodes",
+    schema = "disabled",
+    derive = "PartialEq"
+)]
+pub struct MemberNodesSpec {
+    /// Whose nodes.
+    pub cluster: ClusterId,
+    /// Counts the shards of a cluster.
+    pub shard: u32,
+    /// At most [`MAX_SHARD`].
+    pub records: Vec<RecordSpec>,
+}
+
+/// A record, its body opaque.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+pub struct RecordSpec {
+    /// Kind of the record's key.
+    pub kind: u32,
+    /// Parts of the record's key.
+    pub name: Vec<String>,
+    /// Base64.
+    pub body: String,
+}
+
+/// Records of a shard.
+pub const MAX_SHARD: usize = 100;
+/// Bytes of the bodies of a shard, so that etcd takes the object (limit 1.5 MiB).
+pub const MAX_SHARD_BYTES: usize = 512 * 1024;
+
+/// Where a cluster's Member lies.
+pub fn id(cluster: &ClusterId) -> Result<ObjectId, Problem> {
+    ObjectId::cluster(Kind::Member, cluster.as_str())
+}
+
+/// Where a shard lies. A cluster's id has no dot, so the name is unambiguous.
+pub fn nodes_id(cluster: &ClusterId, shard: u32) -> Result<ObjectId, Problem> {
+    ObjectId::cluster(Kind::MemberNodes, &format!("{cluster}.{shard}"))
+}
+
+/// The API's object of a member.
+pub fn write(cluster: &ClusterId, member: &Member) -> Result<MemberResource, Problem> {
+    let position = member
+        .statement
+        .as_ref()
+        .and_then(|envelope| wire::decode_statement(&envelope.payload).ok())
+        .map(|statement| statement.position.to_string());
+    let spec = MemberSpec {
+        grant: envelope_text(&member.grant),
+        bindings: member.bindings.iter().map(envelope_text).collect(),
+        statement: member.statement.as_ref().map(envelope_text),
+        namespaces_hash: member.namespaces.map(|digest| data_encoding::HEXLOWER.encode(&digest.0)),
+        position,
+    };
+    Ok(MemberResource { metadata: own_meta(&id(cluster)?), spec })
+}
+
+/// A member. Nothing in it is verified here.
+pub fn read(object: &MemberResource) -> Result<(ClusterId, Member), Problem> {
+    let cluster = ClusterId::new(object.metadata.name.as_deref().unwrap_or(""))
+        .map_err(|e| bad(format!("metadata.name: {e}")))?;
+    let spec = &object.spec;
+    if spec.bindings.len() > Membership::MAX_BINDINGS {
+        return Err(bad("spec.bindings has too many entries"));
+    }
+    let digest = |text: &String| {
+        let bytes = data_encoding::HEXLOWER.decode(text.as_bytes()).ok();
+        bytes
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(Digest)
+            .ok_or_else(|| bad("spec.namespacesHash is not 64 hexadecimal digits"))
+    };
+    let member = Member {
+        grant: read_envelope("grant", &spec.grant)?,
+        bindings: spec.bindings.iter().map(|b| read_envelope("bindings", b)).collect::<Result<_, _>>()?,
+        statement: spec.statement.as_ref().map(|s| read_envelope("statement", s)).transpose()?,
+        namespaces: spec.namespaces_hash.as_ref().map(digest).transpose()?,
+    };
+    Ok((cluster, member))
+}
+
+/// The API's objects of a cluster's `nodes`, by shard. A record stays in the shard where `placed` says it is, so
+/// that a node that comes or goes rewrites one object.
+pub fn write_nodes(
+    cluster: &ClusterId,
+    nodes: &BTreeMap<RecordKey, Record>,
+    placed: &BTreeMap<RecordKey, u32>,
+) -> Result<BTreeMap<u32, MemberNodesResource>, Problem> {
+    let mut shards: BTreeMap<u32, (usize, Vec<&Record>)> = BTreeMap::new();
+    let mut waiting = Vec::new();
+    let room = |shard: Option<&(usize, Vec<&Record>)>, record: &Record| match shard {
+        None => true,
+        Some((bytes, records)) => records.len() < MAX_SHARD && bytes + record.body.len() <= MAX_SHARD_BYTES,
+    };
+    for (key, record) in nodes {
+        match placed.get(key) {
+            Some(shard) if room(shards.get(shard), record) => {
+                let (bytes, records) = shards.entry(*shard).or_default();
+                *bytes += record.body.len();
+                records.push(record);
+            }
+            _ => waiting.push(record),
+        }
+    }
+    let mut shard = 0;
+    for record in waiting {
+        while !room(shards.get(&shard), record) {
+            shard += 1;
+        }
+        let (bytes, records) = shards.entry(shard).or_default();
+        *bytes += record.body.len();
+        records.push(record);
+    }
+    let mut objects = BTreeMap::new();
+    for (shard, (_, mut records)) in shards {
+        records.sort_by(|a, b| a.key.cmp(&b.key));
+        let record = |record: &&Record| RecordSpec {
+            kind: record.key.kind(),
+            name: record.key.name().iter().map(ToString::to_string).collect(),
+            body: data_encoding::BASE64.encode(&record.body),
+        };
+        let spec = MemberNodesSpec {
+            cluster: cluster.clone(),
+            shard,
+            records: records.iter().map(record).collect(),
+        };
+        let metadata = own_meta(&nodes_id(cluster, shard)?);
+        objects.insert(shard, MemberNodesResource { metadata, spec });
+    }
+    Ok(objects)
+}
+
+/// A shard of a cluster's `nodes`.
+pub fn read_nodes(object: &MemberNodesResource) -> Result<(ClusterId, u32, Vec<Record>), Problem> {
+    let spec = &object.spec;
+    if object.metadata.name.as_deref() != Some(format!("{}.{}", spec.cluster, spec.shard).as_str()) {
+        return Err(bad("its name does not fit spec.cluster and spec.shard"));
+    }
+    if spec.records.len() > MAX_SHARD {
+        return Err(bad("spec.records has too many entries"));
+    }
+    let mut records = Vec::new();
+    for (index, record) in spec.records.iter().enumerate() {
+        let parts: Vec<&str> = record.name.iter().map(String::as_str).collect();
+        let key = RecordKey::new(record.kind, &parts);
+        let body = data_encoding::BASE64.decode(record.body.as_bytes()).ok();
+        let (Some(key), Some(body)) = (key, body.filter(|b| b.len() <= Record::MAX_BODY)) else {
+            return Err(bad(format!("spec.records[{index}] is not a record")));
+        };
+        records.push(Record { key, body: body.into() });
+    }
+    Ok((spec.cluster.clone(), spec.shard, records))
+}

@@ -1,0 +1,292 @@
+//! multicluster.x-k8s.io ServiceExport and ServiceImport (mcs-api v0.5.0; v1alpha1 has the same shape).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::num::NonZeroU32;
+
+use k8s_openapi::api::core::v1::{ClientIPConfig, SessionAffinityConfig};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
+use kube::CustomResource;
+use serde::{Deserialize, Serialize};
+use tombolo_agent_core::object::{Condition, ExportStatus, Import, ServiceExport, ServiceKey};
+use tombolo_proto::model::{ClusterId, Port, ServiceType};
+
+use super::service::{family_text, port, read_families};
+use super::{
+    Kind, MANAGED_BY, MANAGED_BY_LABEL, OWN_PREFIX, ObjectId, Problem, bad, own_meta, seconds, time,
+};
+
+/// `spec` of a ServiceExport.
+#[derive(CustomResource, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[kube(
+    group = "multicluster.x-k8s.io",
+    version = "v1beta1",
+    kind = "ServiceExport",
+    root = "ServiceExportResource",
+    plural = "serviceexports",
+    namespaced,
+    schema = "disabled",
+    status = "ServiceExportStatus",
+    derive = "PartialEq"
+)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceExportSpec {
+    /// Labels that the ServiceImport shall bear.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exported_labels: Option<BTreeMap<String, String>>,
+    /// Annotations that the ServiceImport shall bear.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exported_annotations: Option<BTreeMap<String, String>>,
+}
+
+/// `status` of a ServiceExport.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+pub struct ServiceExportStatus {
+    /// Valid, Ready, Conflict.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<meta::Condition>,
+}
+
+/// `spec` of a ServiceImport.
+#[derive(CustomResource, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[kube(
+    group = "multicluster.x-k8s.io",
+    version = "v1beta1",
+    kind = "ServiceImport",
+    root = "ServiceImportResource",
+    plural = "serviceimports",
+    namespaced,
+    schema = "disabled",
+    status = "ServiceImportStatus",
+    derive = "PartialEq"
+)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceImportSpec {
+    /// ClusterSetIP or Headless.
+    #[serde(rename = "type")]
+    pub type_: String,
+    /// Merged.
+    #[serde(default)]
+    pub ports: Vec<ServicePort>,
+    /// One a family.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ips: Vec<String>,
+    /// In the order of `ips`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ip_families: Vec<String>,
+    /// None or ClientIP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session_affinity: Option<String>,
+    /// Its time limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session_affinity_config: Option<SessionAffinityConfig>,
+    /// Cluster or Local.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub internal_traffic_policy: Option<String>,
+    /// As the Service's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traffic_distribution: Option<String>,
+}
+
+/// A port of a ServiceImport.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct ServicePort {
+    /// Unique; absent for a lone port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// TCP, UDP, SCTP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<String>,
+    /// As the Service's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub app_protocol: Option<String>,
+    /// 1 to 65535.
+    pub port: i32,
+}
+
+/// `status` of a ServiceImport.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+pub struct ServiceImportStatus {
+    /// Who exports.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub clusters: Vec<ClusterStatus>,
+}
+
+/// One of who exports.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+pub struct ClusterStatus {
+    /// Its id.
+    pub cluster: String,
+}
+
+/// A user's ServiceExport. `created` is 0 where its creation is not known yet.
+pub fn read_export(object: &ServiceExportResource) -> Result<(ServiceKey, ServiceExport), Problem> {
+    let key = super::service::key(object.metadata.namespace.as_deref(), object.metadata.name.as_deref())?;
+    let labels = object.spec.exported_labels.clone().unwrap_or_default();
+    let annotations = object.spec.exported_annotations.clone().unwrap_or_default();
+    for (field, map) in [("exportedLabels", &labels), ("exportedAnnotations", &annotations)] {
+        if map.len() > 64 {
+            return Err(bad(format!("spec.{field} has {} entries, at most 64 are allowed", map.len())));
+        }
+        for (name, value) in map {
+            let good = !name.is_empty()
+                && name.len() <= 317
+                && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"./-_".contains(&b));
+            if !good {
+                let name = super::shorten(name);
+                return Err(bad(format!(
+                    "spec.{field}: {name:?} is not a label name such as example.org/team"
+                )));
+            }
+            let label =
+                value.len() <= 63 && value.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_".contains(&b));
+            if field == "exportedLabels" && !label {
+                return Err(bad(format!(
+                    "spec.{field}.{name}: a label's value has at most 63 letters, digits, '-', '_' and '.'"
+                )));
+            }
+            if value.len() > 4096 || value.chars().any(char::is_control) {
+                return Err(bad(format!("spec.{field}.{name} is longer than 4096 bytes or not printable")));
+            }
+        }
+    }
+    let created = object.metadata.creation_timestamp.as_ref().map_or(0, seconds);
+    Ok((key, ServiceExport { labels, annotations, created }))
+}
+
+/// The status in a ServiceExport.
+pub fn read_status(object: &ServiceExportResource) -> ExportStatus {
+    let conditions = object.status.iter().flat_map(|s| &s.conditions);
+    let condition = |c: &meta::Condition| {
+        let value =
+            Condition { status: c.status == "True", reason: c.reason.clone(), message: c.message.clone() };
+        (c.type_.clone(), value)
+    };
+    ExportStatus { conditions: conditions.map(condition).collect() }
+}
+
+/// The status to write. A condition whose status is what it was keeps its time; `now`: unix seconds.
+pub fn write_status(
+    status: &ExportStatus,
+    was: Option<&ServiceExportStatus>,
+    now: u64,
+) -> ServiceExportStatus {
+    let condition = |(type_, c): (&String, &Condition)| {
+        let status = if c.status { "True" } else { "False" };
+        let known = was.iter().flat_map(|s| &s.conditions).find(|k| k.type_ == *type_ && k.status == status);
+        meta::Condition {
+            type_: type_.clone(),
+            status: status.to_owned(),
+            reason: c.reason.clone(),
+            message: c.message.clone(),
+            last_transition_time: known.map_or_else(|| time(now), |k| k.last_transition_time.clone()),
+            observed_generation: None,
+        }
+    };
+    ServiceExportStatus { conditions: status.conditions.iter().map(condition).collect() }
+}
+
+/// The API's object of an import. Labels and annotations under our own prefix are not taken from exports.
+pub fn write_import(key: &ServiceKey, import: &Import) -> Result<ServiceImportResource, Problem> {
+    let mut metadata = own_meta(&ObjectId::of_service(Kind::ServiceImport, key)?);
+    let foreign = |map: &BTreeMap<String, String>| {
+        map.iter()
+            .filter(|(k, _)| !k.starts_with(OWN_PREFIX))
+            .map(|(k, v)| (k.clone(), v.clone()))
+            .collect::<BTreeMap<_, _>>()
+    };
+    metadata.labels.get_or_insert_default().extend(foreign(&import.labels));
+    metadata.annotations = Some(foreign(&import.annotations)).filter(|a| !a.is_empty());
+    let type_ = match import.kind {
+        ServiceType::ClusterSetIP => "ClusterSetIP",
+        ServiceType::Headless => "Headless",
+    };
+    let port = |p: &Port| ServicePort {
+        name: p.name.as_ref().map(ToString::to_string),
+        protocol: Some(p.protocol.to_string()),
+        app_protocol: p.app_protocol.clone(),
+        port: p.port.into(),
+    };
+    let spec = ServiceImportSpec {
+        type_: type_.to_owned(),
+        ports: import.ports.iter().map(port).collect(),
+        ips: import.ips.iter().map(ToString::to_string).collect(),
+        ip_families: import.families.iter().map(|f| family_text(*f)).collect(),
+        session_affinity: Some(if import.affinity.is_some() { "ClientIP" } else { "None" }.to_owned()),
+        session_affinity_config: import.affinity.map(|limit| SessionAffinityConfig {
+            client_ip: Some(ClientIPConfig { timeout_seconds: i32::try_from(limit.get()).ok() }),
+        }),
+        internal_traffic_policy: import.internal_local.then(|| "Local".to_owned()),
+        traffic_distribution: import.traffic_distribution.clone(),
+    };
+    let clusters = import.clusters.iter().map(|c| ClusterStatus { cluster: c.to_string() }).collect();
+    Ok(ServiceImportResource { metadata, spec, status: Some(ServiceImportStatus { clusters }) })
+}
+
+/// An import.
+pub fn read_import(object: &ServiceImportResource) -> Result<(ServiceKey, Import), Problem> {
+    let key = super::service::key(object.metadata.namespace.as_deref(), object.metadata.name.as_deref())?;
+    let spec = &object.spec;
+    let kind = match spec.type_.as_str() {
+        "ClusterSetIP" => ServiceType::ClusterSetIP,
+        "Headless" => ServiceType::Headless,
+        other => {
+            let other = super::shorten(other);
+            return Err(bad(format!("spec.type is {other:?}, not ClusterSetIP or Headless")));
+        }
+    };
+    let mut ports = Vec::new();
+    for (index, p) in spec.ports.iter().enumerate() {
+        let at = format!("spec.ports[{index}]");
+        ports.push(port(&at, p.name.as_deref(), p.protocol.as_deref(), p.port, p.app_protocol.as_deref())?);
+    }
+    let ips: Vec<IpAddr> = spec
+        .ips
+        .iter()
+        .map(|ip| {
+            ip.parse().map_err(|_| bad(format!("spec.ips: {:?} is not an address", super::shorten(ip))))
+        })
+        .collect::<Result<_, _>>()?;
+    let families = read_families("spec.ipFamilies", &spec.ip_families)?;
+    if families.is_empty() || ips.len() > 2 {
+        return Err(bad("spec.ipFamilies is empty, or spec.ips has more than two entries"));
+    }
+    let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
+        let config = spec.session_affinity_config.as_ref().and_then(|c| c.client_ip.as_ref());
+        let limit = config.and_then(|c| c.timeout_seconds).and_then(|s| u32::try_from(s).ok());
+        limit.and_then(NonZeroU32::new).unwrap_or(NonZeroU32::new(10_800).unwrap_or(NonZeroU32::MIN))
+    });
+    let clusters: BTreeSet<ClusterId> = object
+        .status
+        .iter()
+        .flat_map(|s| &s.clusters)
+        .map(|c| ClusterId::new(&c.cluster).map_err(|e| bad(format!("status.clusters: {e}"))))
+        .collect::<Result<_, _>>()?;
+    let foreign = |map: &Option<BTreeMap<String, String>>| {
+        map.iter()
+            .flatten()
+            .filter(|(k, _)| !k.starts_with(OWN_PREFIX))
+            .map(|(k, v)| (k.clone(), v.clone()))
+            .collect()
+    };
+    let import = Import {
+        kind,
+        ports,
+        ips,
+        families,
+        affinity,
+        internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+        traffic_distribution: spec.traffic_distribution.clone(),
+        labels: foreign(&object.metadata.labels),
+        annotations: foreign(&object.metadata.annotations),
+        clusters,
+    };
+    Ok((key, import))
+}
+
+/// Whether a ServiceImport was made by us.
+pub fn is_ours(object: &ServiceImportResource) -> bool {
+    let labels = object.metadata.labels.as_ref();
+    labels.and_then(|l| l.get(MANAGED_BY_LABEL)).is_some_and(|v| v == MANAGED_BY)
+}

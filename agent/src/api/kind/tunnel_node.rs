@@ -1,0 +1,81 @@
+//! tombolo.dev/v1alpha1 TunnelNode: what a node says of itself.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use kube::CustomResource;
+use serde::{Deserialize, Serialize};
+use tombolo_agent_core::object::TunnelNode;
+use tombolo_proto::model::{Device, DeviceNumber, Endpoint, NodeName, Prefix, WireguardKey};
+
+use super::{Kind, ObjectId, Problem, bad, own_meta};
+
+/// `spec` of a TunnelNode.
+#[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[kube(
+    group = "tombolo.dev",
+    version = "v1alpha1",
+    kind = "TunnelNode",
+    root = "TunnelNodeResource",
+    plural = "tunnelnodes",
+    schema = "disabled",
+    derive = "PartialEq"
+)]
+pub struct TunnelNodeSpec {
+    /// Its devices.
+    pub devices: Vec<DeviceSpec>,
+    /// Where it may be reached, best first.
+    #[serde(default)]
+    pub candidates: Vec<IpAddr>,
+    /// Pod ranges on it.
+    #[serde(default)]
+    pub prefixes: BTreeSet<Prefix>,
+}
+
+/// A device of a node.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq)]
+pub struct DeviceSpec {
+    /// Its number.
+    pub number: DeviceNumber,
+    /// Its WireGuard public key.
+    pub key: WireguardKey,
+    /// UDP port it listens on.
+    pub port: u16,
+}
+
+/// The API's object.
+pub fn write(node: &NodeName, value: &TunnelNode) -> Result<TunnelNodeResource, Problem> {
+    let id = ObjectId::cluster(Kind::TunnelNode, node.as_str())?;
+    let device = |(number, device): (&DeviceNumber, &Device)| DeviceSpec {
+        number: *number,
+        key: device.key,
+        port: device.port,
+    };
+    let spec = TunnelNodeSpec {
+        devices: value.devices.iter().map(device).collect(),
+        candidates: value.candidates.clone(),
+        prefixes: value.prefixes.clone(),
+    };
+    Ok(TunnelNodeResource { metadata: own_meta(&id), spec })
+}
+
+/// Our value.
+pub fn read(object: &TunnelNodeResource) -> Result<(NodeName, TunnelNode), Problem> {
+    let name = NodeName::new(object.metadata.name.as_deref().unwrap_or(""))
+        .map_err(|e| bad(format!("metadata.name: {e}")))?;
+    let spec = &object.spec;
+    if spec.candidates.len() > 64 || spec.prefixes.len() > Endpoint::MAX_PREFIXES {
+        return Err(bad("spec.candidates or spec.prefixes has too many entries"));
+    }
+    let mut devices = BTreeMap::new();
+    for device in &spec.devices {
+        if device.port == 0 {
+            return Err(bad("spec.devices: port 0"));
+        }
+        if devices.insert(device.number, Device { key: device.key, port: device.port }).is_some() {
+            return Err(bad(format!("spec.devices: number {} stands there twice", device.number.get())));
+        }
+    }
+    let value = TunnelNode { devices, candidates: spec.candidates.clone(), prefixes: spec.prefixes.clone() };
+    Ok((name, value))
+}

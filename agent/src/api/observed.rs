@@ -1,0 +1,128 @@
+//! What was read of the cluster, and what is written to it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tombolo_agent_core::finding::Finding;
+use tombolo_agent_core::known::Known;
+use tombolo_agent_core::object::{
+    ExportStatus, Import, LocalBackends, Node, Service, ServiceExport, ServiceKey, Slice, SliceKey,
+    TunnelNode,
+};
+use tombolo_agent_core::world::{ClustersetRanges, Reach};
+use tombolo_proto::model::{ClusterId, Namespace, NodeName, Prefix, Record, RecordKey};
+use tombolo_proto::trust::{Digest, Envelope, SetId};
+
+/// All objects of the cluster, parsed. What is signed is not verified yet: that is the reader's.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Observed {
+    /// v1 Nodes.
+    pub nodes: Known<BTreeMap<NodeName, Node>>,
+    /// Namespaces that exist. In a directory also those that an object of the users' lies in, since nobody
+    /// is there to refuse it.
+    pub namespaces: Known<BTreeSet<Namespace>>,
+    /// v1 Services.
+    pub services: Known<BTreeMap<ServiceKey, Service>>,
+    /// ServiceExports that have a creation time.
+    pub exports: Known<BTreeMap<ServiceKey, ServiceExport>>,
+    /// All ServiceExports, those too that wait for [`super::ClusterApi::stamp_exports`].
+    pub declared_exports: Known<BTreeSet<ServiceKey>>,
+    /// Statuses of ServiceExports as last written.
+    pub statuses: Known<BTreeMap<ServiceKey, ExportStatus>>,
+    /// Backends of local services, out of all their EndpointSlices.
+    pub backends: Known<BTreeMap<ServiceKey, LocalBackends>>,
+    /// ServiceImports.
+    pub imports: Known<BTreeMap<ServiceKey, Import>>,
+    /// Imported EndpointSlices.
+    pub slices: Known<BTreeMap<SliceKey, Slice>>,
+    /// Clusters as the controller verified them, the own one too.
+    pub members: Known<BTreeMap<ClusterId, Member>>,
+    /// Records of the clusters' scope `nodes`.
+    pub member_nodes: Known<BTreeMap<ClusterId, BTreeMap<RecordKey, Record>>>,
+    /// What nodes say of themselves.
+    pub tunnel_nodes: Known<BTreeMap<NodeName, TunnelNode>>,
+    /// The set; none before `tombolo join`.
+    pub clusterset: Known<Option<ClusterSet>>,
+    /// What is wrong with any of them, in order.
+    pub findings: Vec<Finding>,
+}
+
+/// tombolo.dev Member: a cluster's right to speak and the last that it said, as envelopes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Its grant.
+    pub grant: Envelope,
+    /// Its bindings 0, 1, ...
+    pub bindings: Vec<Envelope>,
+    /// The statement that its [`Observed::member_nodes`] fit; none before it has spoken.
+    pub statement: Option<Envelope>,
+    /// Hash over the leaves of the namespaces under that statement: with it and the records of `nodes` the
+    /// statement's root can be checked.
+    pub namespaces: Option<Digest>,
+}
+
+/// tombolo.dev ClusterSet: the one object `clusterset`, which makes a cluster a member.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClusterSet {
+    /// The set that was pinned at join.
+    pub set: SetId,
+    /// The own cluster.
+    pub cluster: ClusterId,
+    /// Versions 1, 2, ... of the roots.
+    pub roots: Vec<Envelope>,
+    /// The newest list of brokers.
+    pub brokers: Option<Envelope>,
+    /// The newest list of revocations.
+    pub revocations: Option<Envelope>,
+    /// What foreign traffic may come in.
+    pub reach: Reach,
+    /// Where a directory's ClusterSetIPs come from.
+    pub clusterset: ClustersetRanges,
+    /// Ranges of this cluster (Services, API server, ...) that no other may own.
+    pub reserved: BTreeSet<Prefix>,
+}
+
+/// coordination.k8s.io Lease `tombolo-controller`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    /// Who leads; none when it was given up.
+    pub holder: Option<String>,
+    /// How long a renewal holds, seconds.
+    pub duration: u32,
+    /// Unix microseconds; for people. Whoever waits counts by its own clock since the Lease last changed.
+    pub acquired: u64,
+    /// Unix microseconds; for people, like `acquired`.
+    pub renewed: u64,
+    /// How often the holder changed.
+    pub transitions: u32,
+    /// The epoch that the holder reserved (`tombolo.dev/epoch`).
+    pub epoch: u64,
+}
+
+/// Where an object has come to: opaque, compared only for equality.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Version(pub(crate) String);
+
+/// A value and the version it was read at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Versioned<T> {
+    /// What was read.
+    pub value: T,
+    /// For a write that must find it unchanged.
+    pub version: Version,
+}
+
+/// What a writer did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Applied {
+    /// Objects created or changed.
+    pub written: usize,
+    /// Objects deleted.
+    pub deleted: usize,
+}
+
+impl Applied {
+    /// Whether everything was right already.
+    pub fn is_nothing(self) -> bool {
+        self == Self::default()
+    }
+}
