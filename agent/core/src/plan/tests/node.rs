@@ -1,0 +1,488 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use proptest::prelude::*;
+use tombolo_proto::model::{
+    ClusterId, Device, DeviceFamily, DeviceNumber, Endpoint, Family, NodeName, Prefix, Protocol, Rank,
+    ServiceType, WireguardKey,
+};
+use tombolo_proto::testing::net;
+
+use super::{backend, endpoint, id, ip, nets, node, owned, port, service, tunnel};
+use crate::desired::{Firewall, NodeDesired, Route, TABLE_IN, TABLE_OUT, TunnelDevice, Via, Vip};
+use crate::known::{Known, Section};
+use crate::object::{Import, Slice, SliceKey};
+use crate::world::{ClustersetRanges, MemberNodes, NodeWorld, Reach};
+
+fn plan(world: &NodeWorld) -> (NodeDesired, Vec<&'static str>) {
+    let (desired, findings) = crate::plan::node(world);
+    assert_eq!(crate::plan::node(world), (desired.clone(), findings.clone()), "law 1");
+    (desired, findings.iter().map(|f| f.reason).collect())
+}
+
+/// docs/datapath.md: two gateways and a worker a side.
+fn member(cluster: u8) -> MemberNodes {
+    let nodes = [(1, "gw1", 1), (2, "gw2", 2), (3, "w1", 0)];
+    let nodes = nodes.map(|(host, name, rank)| (node(name), endpoint(cluster, host, name, rank)));
+    MemberNodes { owned: owned(cluster), tunnel: tunnel(cluster), nodes: nodes.into() }
+}
+
+fn ranges() -> ClustersetRanges {
+    ClustersetRanges {
+        v4: Some("198.19.0.0/16".parse::<Ipv4Net>().unwrap()),
+        v6: Some("fd19:746f:6d62::/112".parse::<Ipv6Net>().unwrap()),
+    }
+}
+
+fn world(name: &str) -> NodeWorld {
+    NodeWorld {
+        cluster: id("eu"),
+        node: node(name),
+        reach: Reach::Exports,
+        clusterset: Some(ranges()),
+        underlay_mtu: 1500,
+        underlay: Family::ALL.into(),
+        members: Known::Yes([(id("eu"), member(1)), (id("us"), member(2))].into()),
+        imports: Known::Yes(BTreeMap::new()),
+        slices: Known::Yes(BTreeMap::new()),
+    }
+}
+
+fn number(n: u8) -> DeviceNumber {
+    DeviceNumber::new(n).unwrap()
+}
+
+fn devices(desired: &NodeDesired) -> &BTreeMap<DeviceNumber, TunnelDevice> {
+    desired.devices.get().unwrap()
+}
+
+fn firewall(desired: &NodeDesired) -> &Firewall {
+    desired.firewall.get().unwrap()
+}
+
+/// Device numbers to the peers' names and what those may send.
+fn table(desired: &NodeDesired) -> BTreeMap<u8, Vec<(String, BTreeSet<Prefix>)>> {
+    let peers = |d: &TunnelDevice| {
+        d.peers.values().map(|p| (p.node.to_string(), p.allowed.clone())).collect::<Vec<_>>()
+    };
+    devices(desired).iter().map(|(n, d)| (n.get(), peers(d))).collect()
+}
+
+fn slots(desired: &NodeDesired, prefix: &str) -> Option<Vec<u8>> {
+    let wanted = net(prefix);
+    desired.routes.get().unwrap().iter().find_map(|r| match &r.via {
+        Via::Devices(d) if r.prefix == wanted && r.table == TABLE_OUT => {
+            Some(d.iter().map(|n| n.get()).collect())
+        }
+        Via::Devices(_) | Via::Unreachable => None,
+    })
+}
+
+#[test]
+fn a_gateway_as_in_the_data_path() {
+    let (desired, findings) = plan(&world("gw1"));
+    assert!(findings.is_empty(), "{findings:?}");
+    let foreign = nets(&["10.2.0.0/16", "fd00:10:2::/48", "198.18.2.0/24", "fd00:18:2::/64"]);
+    let worker = nets(&["10.1.3.0/24", "fd00:10:1:3::/64", "198.18.1.3/32", "fd00:18:1::3/128"]);
+    let other = nets(&["10.1.2.0/24", "fd00:10:1:2::/64", "198.18.1.2/32", "fd00:18:1::2/128"]);
+    let expected = BTreeMap::from([
+        (1, vec![("us/gw1".to_owned(), foreign.clone())]),
+        (2, vec![("us/gw2".to_owned(), foreign.clone())]),
+        (4, vec![("eu/w1".to_owned(), worker)]),
+        (6, vec![("eu/gw2".to_owned(), other.union(&foreign).copied().collect())]),
+    ]);
+    assert_eq!(table(&desired), expected);
+    let device = &devices(&desired)[&number(2)];
+    assert_eq!(device.mtu, 1420);
+    assert_eq!(device.addresses, [ip("198.18.1.1"), ip("fd00:18:1::1")].into());
+    // eu-gw1.tombolo2 with us-gw2.tombolo1, port 4511.
+    let (key, peer) = device.peers.first_key_value().unwrap();
+    assert_eq!(key, &endpoint(2, 2, "gw2", 2).devices[&number(1)].key);
+    assert_eq!(peer.candidates, ["192.0.2.34:4511".parse().unwrap()]);
+
+    assert_eq!(slots(&desired, "10.2.0.0/16"), Some(vec![1, 2]));
+    assert_eq!(slots(&desired, "fd00:18:2::/64"), Some(vec![1, 2]));
+    assert_eq!(slots(&desired, "198.18.1.3/32"), Some(vec![4]));
+    let routes = desired.routes.get().unwrap();
+    let inward = |prefix: &str, n: u8| Route {
+        table: TABLE_IN,
+        prefix: net(prefix),
+        via: Via::Devices([number(n)].into()),
+        source: None,
+    };
+    assert!(routes.contains(&inward("10.1.3.0/24", 4)) && routes.contains(&inward("fd00:10:1:2::/64", 6)));
+    assert!(!routes.iter().any(|r| r.table == TABLE_IN && r.prefix == net("10.2.0.0/16")));
+    // Two families, five rules each.
+    assert_eq!(desired.rules.get().unwrap().len(), 10);
+}
+
+#[test]
+fn a_worker_as_in_the_data_path() {
+    let (desired, findings) = plan(&world("w1"));
+    assert!(findings.is_empty(), "{findings:?}");
+    assert_eq!(table(&desired).keys().copied().collect::<Vec<_>>(), [5, 6]);
+    assert_eq!(slots(&desired, "10.2.0.0/16"), Some(vec![5, 6]));
+    assert!(!desired.routes.get().unwrap().iter().any(|r| r.table == TABLE_IN));
+    let unreachable =
+        Route { table: TABLE_OUT, prefix: net("10.2.0.0/16"), via: Via::Unreachable, source: None };
+    assert!(desired.routes.get().unwrap().contains(&unreachable));
+    assert_eq!(firewall(&desired).local, nets(&["10.1.3.0/24", "fd00:10:1:3::/64"]));
+}
+
+#[test]
+fn unknown_is_kept_and_known_to_be_gone_goes() {
+    let (desired, _) = plan(&NodeWorld { members: Known::No, ..world("w1") });
+    assert_eq!(desired, NodeDesired::default());
+    // Nothing comes in before the firewall knows what may.
+    let (desired, _) = plan(&NodeWorld { slices: Known::No, ..world("w1") });
+    assert_eq!(desired, NodeDesired::default());
+    // Revoked: gone at once, whatever else is unknown.
+    let revoked = Known::Yes(BTreeMap::from([(id("us"), member(2))]));
+    let (desired, _) = plan(&NodeWorld { members: revoked, imports: Known::No, ..world("w1") });
+    assert_eq!(desired.devices, Section::Set(BTreeMap::new()));
+    assert_eq!(desired.routes, Section::Set(BTreeSet::new()));
+    assert_eq!(desired.firewall, Section::Keep);
+    // Not stated yet: no tunnels, and still nothing in clear.
+    let (desired, _) = plan(&world("new"));
+    assert!(devices(&desired).is_empty());
+    assert_eq!(desired.routes.get().unwrap().len(), 6);
+}
+
+fn import(ports: &[tombolo_proto::model::Port], ips: &[&str]) -> Import {
+    Import {
+        kind: ServiceType::ClusterSetIP,
+        ports: ports.to_vec(),
+        ips: ips.iter().map(|a| ip(a)).collect(),
+        families: vec![Family::V4, Family::V6],
+        affinity: None,
+        internal_local: false,
+        traffic_distribution: None,
+        labels: BTreeMap::new(),
+        annotations: BTreeMap::new(),
+        clusters: BTreeSet::new(),
+    }
+}
+
+fn slice_key(name: &str, source: &str, family: Family, index: u32) -> SliceKey {
+    SliceKey { service: service(name), source: id(source), family, index }
+}
+
+#[test]
+fn vips_and_reach() {
+    let mut world = world("w1");
+    let imports = [
+        (
+            service("a/web"),
+            import(&[port("http", 80), port("admin", 9000)], &["198.19.0.9", "fd19:746f:6d62::9"]),
+        ),
+        // The resolver's address, one outside, and one that is taken.
+        (service("b/bad"), import(&[port("", 80)], &["198.19.0.1", "10.0.0.1", "198.19.0.9"])),
+    ];
+    let slice = |ports: &[_], backends: &[&str]| Slice {
+        ports: ports.to_vec(),
+        backends: backends.iter().map(|a| backend(a)).collect(),
+    };
+    let mut sick = slice(&[port("http", 8080)], &["10.2.9.9"]);
+    sick.backends[0].ready = false;
+    let slices = [
+        (slice_key("a/web", "eu", Family::V4, 0), slice(&[port("http", 8080)], &["10.1.3.10", "10.1.2.10"])),
+        // 10.1.3.11 is not its to give; nor is 192.0.2.1 anybody's.
+        (
+            slice_key("a/web", "us", Family::V4, 0),
+            slice(&[port("http", 8080), port("admin", 1)], &["10.2.3.10", "10.1.3.11", "192.0.2.1"]),
+        ),
+        (slice_key("a/web", "us", Family::V4, 1), sick),
+    ];
+    world.imports = Known::Yes(imports.into());
+    world.slices = Known::Yes(slices.into());
+    let (desired, findings) = plan(&world);
+    assert_eq!(
+        findings,
+        ["BackendOutsideGrant", "ClusterSetIPOutsideRange", "ClusterSetIPOutsideRange", "ClusterSetIPTwice"]
+    );
+    let firewall = firewall(&desired);
+    let vip = |address: &str, port: u16| {
+        let vip = Vip { address: ip(address), protocol: Protocol::Tcp, port };
+        firewall.vips[&vip].backends.iter().map(|b| SocketAddr::from(*b).to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(vip("198.19.0.9", 80), ["10.1.2.10:8080", "10.1.3.10:8080", "10.2.3.10:8080"]);
+    assert_eq!(vip("198.19.0.9", 9000), ["10.2.3.10:1"], "mcs 20");
+    assert!(vip("fd19:746f:6d62::9", 80).is_empty());
+    assert_eq!(firewall.vips.len(), 4);
+    assert_eq!(firewall.exported, [(ip("10.1.3.10"), Protocol::Tcp, 8080)].into(), "only what is here");
+    assert_eq!(firewall.resolvers, [ip("198.19.0.1"), ip("fd19:746f:6d62::1")].into());
+
+    world.clusterset = None;
+    assert!(self::firewall(&plan(&world).0).vips.is_empty());
+}
+
+#[test]
+fn more_than_64_backends_are_used_by_all_nodes_together() {
+    let names: Vec<String> = (1..=100).map(|i| format!("10.2.0.{i}")).collect();
+    let slice = Slice { ports: vec![port("", 80)], backends: names.iter().map(|a| backend(a)).collect() };
+    let mut used = BTreeSet::new();
+    for host in 0..20 {
+        let mut world = world(&format!("n{host}"));
+        world.imports = Known::Yes([(service("a/web"), import(&[port("", 80)], &["198.19.0.9"]))].into());
+        world.slices = Known::Yes([(slice_key("a/web", "us", Family::V4, 0), slice.clone())].into());
+        let (desired, _) = plan(&world);
+        let balance = firewall(&desired).vips.values().next().unwrap();
+        assert_eq!(balance.backends.len(), 64);
+        used.extend(balance.backends.clone());
+    }
+    assert_eq!(used.len(), 100);
+}
+
+#[test]
+fn a_copied_key_does_not_cut_off_its_holder() {
+    let mut world = world("gw1");
+    let mut hostile = member(3);
+    let victim = endpoint(2, 1, "gw1", 1);
+    for endpoint in hostile.nodes.values_mut().filter(|e| e.rank.get() == 1) {
+        endpoint.devices = victim.devices.clone();
+    }
+    let members = [(id("as"), hostile), (id("eu"), member(1)), (id("us"), member(2))];
+    world.members = Known::Yes(members.into());
+    let (desired, findings) = plan(&world);
+    assert_eq!(findings, ["KeyTwice"]);
+    let device = &devices(&desired)[&number(1)];
+    let peer = &device.peers[&victim.devices[&number(1)].key];
+    assert!(peer.allowed.contains(&net("10.2.0.0/16")));
+    assert!(peer.candidates.contains(&"192.0.2.33:4511".parse().unwrap()));
+}
+
+/// A small universe, so that collisions are the rule.
+fn any_endpoint() -> impl Strategy<Value = Endpoint> {
+    let prefixes = || {
+        prop::sample::select(vec![
+            "10.1.0.0/16",
+            "10.1.2.0/24",
+            "10.1.2.128/25",
+            "10.1.3.0/24",
+            "10.1.3.7/32",
+            "10.2.0.0/24",
+            "10.2.1.0/24",
+            "10.0.0.0/14",
+            "10.3.0.0/16",
+            "192.168.0.0/16",
+            "fd00:10:1:2::/64",
+            "fd00:10::/32",
+            "198.18.1.0/24",
+            "198.18.2.2/32",
+        ])
+        .prop_map(net)
+    };
+    let device = (0_u8..8, prop::sample::select(vec![1_u8, 2, 3, 4, 5, 6]), 1_u16..4)
+        .prop_map(|(n, key, port)| (number(n), Device { key: WireguardKey([key; 32]), port }));
+    let candidate =
+        prop::sample::select(vec!["192.0.2.1", "10.1.2.3", "2001:db8::1", "198.18.1.1"]).prop_map(ip);
+    let tunnel = (0_u8..4, 0_u8..4);
+    (
+        0_u8..4,
+        prop::collection::btree_map(0_u8..8, device, 4..9),
+        prop::collection::vec(candidate, 0..4),
+        prop::option::of(tunnel.clone()),
+        prop::option::of(tunnel),
+        prop::collection::btree_set(prefixes(), 0..5),
+    )
+        .prop_map(|(rank, devices, candidates, v4, v6, prefixes)| Endpoint {
+            node: node("x"),
+            rank: Rank::new(rank).unwrap(),
+            devices: devices.into_values().collect(),
+            candidates,
+            tunnel_v4: v4.map(|(c, h)| format!("198.18.{c}.{h}").parse().unwrap()),
+            tunnel_v6: v6.map(|(c, h)| format!("fd00:18:{c}::{h}").parse().unwrap()),
+            prefixes,
+            mesh: false,
+        })
+}
+
+fn any_member(number: u8) -> impl Strategy<Value = MemberNodes> {
+    prop::collection::btree_map("n[0-5]", any_endpoint(), 0..6).prop_map(move |nodes| MemberNodes {
+        owned: owned(number),
+        tunnel: tunnel(number),
+        nodes: nodes.into_iter().map(|(n, e)| (node(&n), Endpoint { node: node(&n), ..e })).collect(),
+    })
+}
+
+fn any_slices() -> impl Strategy<Value = BTreeMap<SliceKey, Slice>> {
+    let address = prop::sample::select(vec![
+        "10.1.2.3",
+        "10.2.2.3",
+        "10.3.2.3",
+        "198.18.1.2",
+        "192.0.2.1",
+        "fd00:10:1:2::3",
+    ]);
+    let key = (
+        prop::sample::select(vec!["a/web", "b/db"]),
+        prop::sample::select(vec!["as", "eu", "us", "xx"]),
+        any::<bool>(),
+        0_u32..2,
+    );
+    prop::collection::btree_map(key, prop::collection::vec((address, any::<bool>()), 0..4), 0..8).prop_map(
+        |map| {
+            let slice = |list: Vec<(&str, bool)>| Slice {
+                ports: vec![port("", 8080)],
+                backends: list
+                    .into_iter()
+                    .map(|(a, ready)| tombolo_proto::model::Backend { ready, ..backend(a) })
+                    .collect(),
+            };
+            map.into_iter()
+                .map(|((name, source, v4, index), list)| {
+                    let family = if v4 { Family::V4 } else { Family::V6 };
+                    (slice_key(name, source, family, index), slice(list))
+                })
+                .collect()
+        },
+    )
+}
+
+fn any_world() -> impl Strategy<Value = NodeWorld> {
+    (any_member(1), any_member(2), any_member(3), "n[0-5]", any_slices(), any::<(bool, bool)>()).prop_map(
+        |(eu, us, as_, name, slices, (here, v4))| {
+            let mut members = BTreeMap::from([(id("us"), us), (id("as"), as_)]);
+            if here {
+                members.insert(id("eu"), eu);
+            }
+            let imports = [
+                (service("a/web"), import(&[port("", 80)], &["198.19.0.9"])),
+                (service("b/db"), import(&[port("", 80)], &["198.19.0.9", "fd19:746f:6d62::9"])),
+            ];
+            NodeWorld {
+                members: Known::Yes(members),
+                imports: Known::Yes(imports.into()),
+                slices: Known::Yes(slices),
+                underlay: if v4 { [Family::V4].into() } else { Family::ALL.into() },
+                ..world(&name)
+            }
+        },
+    )
+}
+
+fn ranges_of(
+    members: &BTreeMap<ClusterId, MemberNodes>,
+    which: impl Fn(&ClusterId) -> bool,
+) -> BTreeSet<Prefix> {
+    members.iter().filter(|(c, _)| which(c)).flat_map(|(_, m)| m.owned.union(&m.tunnel).copied()).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn law_2_holds_whatever_others_state(world in any_world()) {
+        let (desired, _) = plan(&world);
+        let members = world.members.get().unwrap();
+        let here = members.contains_key(&world.cluster);
+        let own = ranges_of(members, |c| *c == world.cluster);
+        let foreign = ranges_of(members, |c| *c != world.cluster);
+        let within = |ranges: &BTreeSet<Prefix>, p: &Prefix| ranges.iter().any(|r| r.covers(p));
+        let me = members.get(&world.cluster).and_then(|m| m.nodes.get(&world.node));
+
+        let devices = devices(&desired);
+        prop_assert!(here || devices.is_empty());
+        for (number, device) in devices {
+            prop_assert!(!device.peers.is_empty(), "a device exists while a peer needs it");
+            prop_assert!(device.addresses.iter().all(|a| tunnel(1).iter().any(|p| p.contains(*a))));
+            let peers: Vec<_> = device.peers.iter().collect();
+            for (i, (key, peer)) in peers.iter().enumerate() {
+                for (_, other) in &peers[..i] {
+                    for p in &peer.allowed {
+                        prop_assert!(!other.allowed.iter().any(|q| q.overlaps(p)), "{p} has two peers on {number}");
+                    }
+                }
+                prop_assert!(Some(*key) != me.and_then(|me| me.devices.get(number)).map(|d| &d.key));
+                prop_assert!(peer.node.cluster != world.cluster || peer.node.node != world.node);
+                prop_assert!(peer.candidates.iter().all(|a| world.underlay.contains(&Family::of(a.ip()))));
+                let stated = &members[&peer.node.cluster].nodes[&peer.node.node];
+                prop_assert_eq!(stated.rank, number.rank());
+                for p in &peer.allowed {
+                    match number.family() {
+                        DeviceFamily::Out => prop_assert!(foreign.contains(p)),
+                        DeviceFamily::In if number.rank().is_gateway() => {
+                            prop_assert!(within(&own, p) || foreign.contains(p));
+                        }
+                        DeviceFamily::In => prop_assert!(within(&own, p)),
+                    }
+                }
+            }
+        }
+
+        let routes = desired.routes.get().unwrap();
+        let mut carried = BTreeSet::new();
+        for route in routes {
+            prop_assert!(within(&own, &route.prefix) || (route.table == TABLE_OUT && foreign.contains(&route.prefix)));
+            prop_assert!(route.source.is_none_or(|s| Family::of(s) == route.prefix.family()));
+            if let Via::Devices(slots) = &route.via {
+                prop_assert!(carried.insert((route.table, route.prefix)), "{} has two routes", route.prefix);
+                prop_assert!(!slots.is_empty());
+                for slot in slots {
+                    prop_assert!(devices[slot].peers.values().any(|p| p.allowed.contains(&route.prefix)));
+                }
+            }
+        }
+        for prefix in foreign.iter().filter(|_| here) {
+            let twin = Route { table: TABLE_OUT, prefix: *prefix, via: Via::Unreachable, source: None };
+            prop_assert!(routes.contains(&twin), "{prefix} would leave in clear");
+        }
+        for rule in desired.rules.get().unwrap() {
+            prop_assert!(routes.iter().any(|r| r.prefix.family() == rule.family));
+        }
+
+        let firewall = firewall(&desired);
+        for (vip, balance) in &firewall.vips {
+            prop_assert!(super::super::vip::is_vip(&ranges(), vip.address));
+            for (address, _) in &balance.backends {
+                prop_assert!(own.iter().chain(&foreign).any(|p| p.contains(*address)));
+            }
+        }
+        let local = |a: IpAddr| firewall.local.iter().any(|p| p.contains(a)) || firewall.tunnel.contains(&a);
+        prop_assert!(firewall.exported.iter().all(|(a, ..)| local(*a)));
+    }
+
+    /// Both ends compute the same pairs, each alone.
+    #[test]
+    fn pairs_agree(ranks in prop::collection::vec((0_usize..3, 0_u8..4), 1..10)) {
+        let names = ["as", "eu", "us"];
+        let mut members: BTreeMap<ClusterId, MemberNodes> = (0..3_u8)
+            .map(|i| (id(names[usize::from(i)]), MemberNodes { owned: owned(i), tunnel: tunnel(i), nodes: BTreeMap::new() }))
+            .collect();
+        for (host, (cluster, rank)) in ranks.into_iter().enumerate() {
+            let host = u8::try_from(host).unwrap() + 1;
+            let name = format!("n{host}");
+            let endpoint = endpoint(u8::try_from(cluster).unwrap(), host, &name, rank);
+            members.get_mut(&id(names[cluster])).unwrap().nodes.insert(node(&name), endpoint);
+        }
+        // (who, own device's key) talks to (who, that one's key).
+        let mut talks = BTreeSet::new();
+        for (cluster, member) in &members {
+            for (name, endpoint) in &member.nodes {
+                let world = NodeWorld { cluster: cluster.clone(), node: name.clone(), members: Known::Yes(members.clone()), ..world("x") };
+                for (number, device) in devices(&plan(&world).0) {
+                    talks.extend(device.peers.keys().map(|key| (endpoint.devices[number].key, *key)));
+                }
+            }
+        }
+        for (one, other) in &talks {
+            prop_assert!(talks.contains(&(*other, *one)));
+        }
+    }
+}
+
+#[test]
+fn findings_are_bounded() {
+    let mut world = world("gw1");
+    let Known::Yes(members) = &mut world.members else { unreachable!() };
+    let us = members.get_mut(&id("us")).unwrap();
+    for host in 0..2000 {
+        let name: NodeName = node(&format!("bad{host}"));
+        us.nodes.insert(
+            name.clone(),
+            Endpoint { node: name, prefixes: nets(&["192.168.0.0/16"]), ..endpoint(2, 9, "x", 0) },
+        );
+    }
+    assert_eq!(plan(&world).1.len(), 500);
+}
