@@ -1,0 +1,78 @@
+//! How an agent is started.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+use tombolo_proto::model::NodeName;
+
+/// Joins this node to the clusterset: tunnels, routes, firewall, and the names under clusterset.local.
+///
+/// Starts as a small holder that keeps the resolver's sockets and restarts the agent proper at once when it dies.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "tombolo-agent", version, max_term_width = 110)]
+pub struct Config {
+    /// The directory that is the cluster's API, shared by its nodes (docs/directory.md).
+    #[arg(long, env = "TOMBOLO_CLUSTER_DIR", default_value = "/var/lib/tombolo/cluster", value_name = "DIR")]
+    pub cluster_dir: PathBuf,
+    /// This node's own directory: its keys and what it last verified.
+    #[arg(long, env = "TOMBOLO_STATE_DIR", default_value = "/var/lib/tombolo/node", value_name = "DIR")]
+    pub state_dir: PathBuf,
+    /// This node's name, as in its Node object. Default: the host's name.
+    #[arg(long, env = "TOMBOLO_NODE", value_name = "NAME")]
+    pub node: Option<NodeName>,
+    /// What to be. Under a directory every agent is both, and the Lease decides who leads.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Role::Node, Role::Controller])]
+    pub role: Vec<Role>,
+    /// Where names are answered; several may be given.
+    #[arg(long, value_delimiter = ',', default_values_t = default_dns(), value_name = "ADDRESS:PORT")]
+    pub dns: Vec<SocketAddr>,
+    /// Health, readiness, metrics and state over HTTP.
+    #[arg(long, default_value = "127.0.0.1:4505", value_name = "ADDRESS:PORT")]
+    pub admin: SocketAddr,
+    /// Where tunnel devices are asked for; `tombolo-wireguard serve` watches it.
+    #[arg(long, default_value = "/run/tombolo/devices", value_name = "DIR")]
+    pub devices_dir: PathBuf,
+    /// Form of the log on standard error; TOMBOLO_LOG sets its level (info, debug, ...).
+    #[arg(long, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+    /// Remove everything the agent made on this node, and end.
+    #[arg(long)]
+    pub cleanup: bool,
+}
+
+/// What an agent does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Role {
+    /// Tunnels, routes, firewall and names of this node.
+    Node,
+    /// The cluster's statements and objects, while it leads.
+    Controller,
+}
+
+/// Form of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// For programs.
+    Json,
+}
+
+fn default_dns() -> Vec<SocketAddr> {
+    let port = tombolo_agent_core::desired::DNS_PORT;
+    vec![SocketAddr::from(([0, 0, 0, 0], port)), SocketAddr::from(([0u16; 8], port))]
+}
+
+impl Config {
+    /// This node's name.
+    pub fn node_name(&self) -> anyhow::Result<NodeName> {
+        if let Some(node) = &self.node {
+            return Ok(node.clone());
+        }
+        let host = nix::unistd::gethostname()?.to_string_lossy().to_lowercase();
+        NodeName::new(&host)
+            .map_err(|error| anyhow::anyhow!("the host's name will not do as a node's: {error}; give --node"))
+    }
+}

@@ -1,0 +1,103 @@
+//! The agent's loops: the node's, and the controller's while this agent leads.
+
+pub mod cluster;
+pub mod lead;
+pub mod node;
+pub mod session;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+
+use crate::admin::Shown;
+use crate::api::ClusterApi;
+use crate::api::cache::Cache;
+use crate::api::directory::Directory;
+use crate::apply::key::DeviceKeys;
+use crate::apply::{Appliers, Options};
+use crate::config::{Config, Role};
+use crate::dns::{self, DnsMetrics};
+use crate::hold::DnsSockets;
+use crate::observe::netlink::Monitor;
+
+/// Runs every role of this agent until `stop`.
+pub async fn run(
+    config: Arc<Config>,
+    sockets: DnsSockets,
+    shown: Arc<Shown>,
+    stop: CancellationToken,
+) -> Result<()> {
+    let name = config.node_name()?;
+    let api: Arc<dyn ClusterApi> = Arc::new(Directory::open(&config.cluster_dir)?);
+    let mut tasks = tokio::task::JoinSet::new();
+    // Dropped at the end: the resolver answers as long as the loops run.
+    let mut resolver = None;
+    if config.role.contains(&Role::Node) {
+        let keys =
+            DeviceKeys::load(&config.state_dir.join("keys")).context("the keys of this node's devices")?;
+        let keys = Arc::new(keys);
+        let metrics = DnsMetrics::default();
+        {
+            let mut registry =
+                shown.metrics.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            metrics.register(&mut registry);
+        }
+        let (zone, watch) = watch::channel(None);
+        resolver = Some(dns::serve(sockets, watch, metrics).context("the resolver does not start")?);
+        let appliers = Appliers::new(options(&config), keys.clone()).context("no netlink socket")?;
+        let monitor = Monitor::start().await.context("no netlink socket")?;
+        let cache = Cache::new(&config.state_dir);
+        let node = node::Node {
+            cache,
+            name: name.clone(),
+            api: api.clone(),
+            appliers,
+            monitor,
+            keys,
+            zone,
+            shown: shown.clone(),
+        };
+        let stop = stop.clone();
+        tasks.spawn(async move { node.run(stop).await.context("the node's loop") });
+    }
+    if config.role.contains(&Role::Controller) {
+        let (me, shown, stop) = (name.to_string(), shown.clone(), stop.clone());
+        tasks.spawn(async move { lead::run(api, me, shown, stop).await.context("the controller's loop") });
+    }
+    info!(node = %name, "started");
+    let mut outcome = Ok(());
+    while let Some(ended) = tasks.join_next().await {
+        let result = ended.context("a loop panicked").and_then(|result| result);
+        if let Err(problem) = result
+            && outcome.is_ok()
+        {
+            error!("{problem:#}; the agent ends, and its holder starts it again");
+            stop.cancel();
+            outcome = Err(problem);
+        }
+    }
+    drop(resolver);
+    outcome
+}
+
+fn options(config: &Config) -> Options {
+    Options { devices: config.devices_dir.clone(), ..Options::default() }
+}
+
+/// Removes everything of ours from this node but its keys.
+pub async fn cleanup(config: &Config) -> Result<ExitCode> {
+    let keys = DeviceKeys::load(&config.state_dir.join("keys")).context("the keys of this node's devices")?;
+    let mut appliers = Appliers::new(options(config), Arc::new(keys)).context("no netlink socket")?;
+    let report = appliers.cleanup().await;
+    for applied in &report.applied {
+        info!("removed {}", applied.subject);
+    }
+    for failure in &report.failures {
+        error!("not removed: {failure}");
+    }
+    Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,5 @@
+//! Observation: the outside, parsed and verified.
+
+pub mod member;
+pub mod netlink;
+pub mod origin;
