@@ -20,9 +20,9 @@ pub fn wireguard_go() -> Result<PathBuf> {
 }
 
 fn go_program(program: &str, package: &str, version: &str) -> Result<PathBuf> {
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
-    let dir = cache.context("neither XDG_CACHE_HOME nor HOME is set")?.join("tombolo-lab").join(version);
+    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/tombolo"));
+    let cache = std::env::var_os("TOMBOLO_CACHE").map(PathBuf::from).or_else(home);
+    let dir = cache.context("neither TOMBOLO_CACHE nor HOME is set")?.join(format!("{program}-{version}"));
     let path = dir.join(program);
     if path.is_file() {
         return Ok(path);

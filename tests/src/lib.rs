@@ -7,11 +7,15 @@
 
 #[allow(unsafe_code)]
 pub mod capture;
+#[allow(unsafe_code)]
+pub mod control;
+pub mod demo;
 pub mod directory;
 pub mod fault;
 pub mod fetch;
 pub mod foreign;
 mod lab;
+mod member;
 #[allow(unsafe_code)]
 pub mod place;
 mod pod;

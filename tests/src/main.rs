@@ -3,13 +3,20 @@
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
+use tombolo_lab::control::{self, Action, Request, Status};
+use tombolo_lab::fault::Fault;
 use tombolo_lab::fetch::{Family, fetch};
 use tombolo_lab::probe::{Pace, Question, Report, Stop, dns, ping, tcp, udp};
+use tombolo_lab::sandbox::{self, Sandbox};
 use tombolo_lab::serve::serve;
+use tombolo_lab::topology::{DEMO, TWO};
+use tombolo_lab::{Lab, Topology, demo, program};
 
 /// Clusters, nodes and pods as namespaces of this machine, with the real programs inside.
 #[derive(Parser)]
@@ -21,6 +28,50 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Tell the whole story, step by step, on the real programs
+    Demo,
+    /// Build a lab and keep it until ^C or `down`
+    Up {
+        /// A topology file, or the name of a built-in topology: two, demo.
+        #[arg(default_value = "demo")]
+        topology: String,
+        /// The lab's name, if not the topology's.
+        #[arg(long)]
+        name: Option<String>,
+        /// Only namespaces and pods: start no Tombolo program.
+        #[arg(long)]
+        bare: bool,
+    },
+    /// Run a command in a node, pod or broker of a running lab
+    Exec {
+        /// Where; `wire` is the place between the clusters.
+        place: String,
+        #[command(flatten)]
+        lab: Named,
+        /// What.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Tell what there is in a running lab
+    Status {
+        #[command(flatten)]
+        lab: Named,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Break something in a running lab
+    Fault {
+        #[command(flatten)]
+        lab: Named,
+        #[command(subcommand)]
+        fault: FaultCommand,
+    },
+    /// End a running lab
+    Down {
+        #[command(flatten)]
+        lab: Named,
+    },
     /// Serve HTTP and echo, as a pod does
     Serve {
         /// What to call oneself.
@@ -58,6 +109,56 @@ enum Command {
     /// Send a steady flow and report, as JSON, what became of it; ends with the standard input
     #[command(subcommand)]
     Probe(Probe),
+}
+
+/// Which running lab.
+#[derive(Args)]
+struct Named {
+    /// The lab's name; not needed if only one runs.
+    #[arg(long = "lab", value_name = "NAME")]
+    name: Option<String>,
+}
+
+#[derive(Subcommand)]
+enum FaultCommand {
+    /// SIGKILL a program (agent, wireguard, broker) of a place
+    Kill { place: String, program: String },
+    /// SIGKILL the first child of a program: the agent proper, which its holder restarts
+    KillChild { place: String, program: String },
+    /// SIGTERM a program
+    Term { place: String, program: String },
+    /// SIGSTOP a program: it hangs
+    Stop { place: String, program: String },
+    /// SIGCONT a stopped program
+    Cont { place: String, program: String },
+    /// Start a program again that was killed
+    Start { place: String, program: String },
+    /// Nothing passes between two nodes, brokers or clusters
+    Cut { a: String, b: String },
+    /// Nothing passes from one to the other
+    CutOneway { from: String, to: String },
+    /// So many of a hundred packets are lost between two
+    Loss { a: String, b: String, percent: u8 },
+    /// End all cuts and losses
+    Heal,
+}
+
+impl FaultCommand {
+    fn request(self) -> Request {
+        let program = |place, program, action| Request::Program { place, program, action };
+        match self {
+            Self::Kill { place, program: name } => program(place, name, Action::Kill),
+            Self::KillChild { place, program: name } => program(place, name, Action::KillChild),
+            Self::Term { place, program: name } => program(place, name, Action::Term),
+            Self::Stop { place, program: name } => program(place, name, Action::Stop),
+            Self::Cont { place, program: name } => program(place, name, Action::Cont),
+            Self::Start { place, program: name } => program(place, name, Action::Start),
+            Self::Cut { a, b } => Request::Fault { fault: Fault::Cut { a, b } },
+            Self::CutOneway { from, to } => Request::Fault { fault: Fault::CutOneway { from, to } },
+            Self::Loss { a, b, percent } => Request::Fault { fault: Fault::Loss { a, b, percent } },
+            Self::Heal => Request::Heal,
+        }
+    }
 }
 
 #[derive(Subcommand)]
@@ -122,8 +223,116 @@ fn print(text: &str) {
     println!("{text}");
 }
 
+/// A built-in topology by its name, or a file.
+fn topology(name: &str) -> Result<Topology> {
+    match name {
+        "two" => Topology::parse(TWO),
+        "demo" => Topology::parse(DEMO),
+        file => {
+            let text = std::fs::read_to_string(file).with_context(|| {
+                format!("{file} is neither a built-in topology (two, demo) nor a readable file")
+            })?;
+            Topology::parse(&text).with_context(|| file.to_owned())
+        }
+    }
+}
+
+/// Outside: runs this command again inside a sandbox, with the lab's socket, and ends as it ends.
+fn outside(name: &str, bare: bool) -> Result<ExitCode> {
+    Sandbox::check()?;
+    if !bare {
+        program::ensure_built()?;
+    }
+    let listener = control::listen(name)?;
+    let mut child = Sandbox::spawn(std::env::args_os().skip(1).collect(), Some(listener.into()))?;
+    // ^C goes to everybody on the terminal; the lab itself handles it.
+    sandbox::catch_interrupts();
+    let status = child.wait()?;
+    Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)))
+}
+
+fn up(topology: Topology, name: &str, bare: bool) -> Result<()> {
+    let socket = Sandbox::passed()?;
+    Sandbox::prepare()?;
+    sandbox::catch_interrupts();
+    let lab = Arc::new(Lab::build(topology)?);
+    let down = Arc::new(AtomicBool::new(false));
+    control::serve(socket, &lab, name, &down)?;
+    if !bare {
+        lab.bring_up()?;
+    }
+    print(&table(&control::status(&lab, name)));
+    print("\nThe lab runs until ^C or `tombolo-lab down`. Enter it: tombolo-lab exec NAME -- COMMAND");
+    while !down.load(Ordering::Relaxed) && !sandbox::interrupted() {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+/// Three tables: places, programs, faults.
+fn table(status: &Status) -> String {
+    let mut rows = vec![["NAME", "KIND", "CLUSTER", "NODE", "ADDRESSES"].map(str::to_owned)];
+    rows.extend(status.places.iter().map(|p| {
+        [p.name.clone(), p.kind.clone(), p.cluster.clone(), p.node.clone(), p.addresses.join(", ")]
+    }));
+    let mut text = columns(&rows);
+    if !status.programs.is_empty() {
+        let mut rows = vec![["PLACE", "PROGRAM", "PID", "STATE"].map(str::to_owned)];
+        rows.extend(status.programs.iter().map(|p| {
+            let state = p.ended.clone().unwrap_or_else(|| "running".to_owned());
+            [p.place.clone(), p.program.clone(), p.pid.to_string(), state]
+        }));
+        text = format!("{text}\n\n{}", columns(&rows));
+    }
+    for fault in &status.faults {
+        text = format!("{text}\nfault: {fault}");
+    }
+    format!("{text}\n\nlogs: {}", status.logs)
+}
+
+fn columns<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |column: usize| rows.iter().map(|r| r[column].len()).max().unwrap_or_default();
+    let widths: Vec<_> = (0..N).map(width).collect();
+    let line = |row: &[String; N]| {
+        let cells: Vec<_> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        cells.join("   ").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
 fn run(command: Command) -> Result<ExitCode> {
     match command {
+        Command::Demo => {
+            if !Sandbox::inside() {
+                return outside("demo", false);
+            }
+            Sandbox::prepare()?;
+            sandbox::catch_interrupts();
+            demo::demo(Topology::parse(DEMO)?, &mut std::io::stdout())?;
+        }
+        Command::Up { topology: file, name, bare } => {
+            let topology = topology(&file)?;
+            let name = name.unwrap_or_else(|| topology.name.clone());
+            if !Sandbox::inside() {
+                return outside(&name, bare);
+            }
+            up(topology, &name, bare)?;
+        }
+        Command::Exec { place, lab, command } => {
+            let status = control::exec(&control::connect(lab.name.as_deref())?, &place, &command)?;
+            return Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)));
+        }
+        Command::Status { lab, json } => {
+            let answer = control::ask(&control::connect(lab.name.as_deref())?, &Request::Status)?;
+            let status = answer.status.unwrap_or_default();
+            print(&if json { serde_json::to_string_pretty(&status)? } else { table(&status) });
+        }
+        Command::Fault { lab, fault } => {
+            control::ask(&control::connect(lab.name.as_deref())?, &fault.request())?;
+        }
+        Command::Down { lab } => {
+            control::ask(&control::connect(lab.name.as_deref())?, &Request::Down)?;
+        }
         Command::Serve { name, port } => serve(&name, port)?,
         Command::Fetch { url, v4, v6, timeout, json } => {
             let family = if v4 {

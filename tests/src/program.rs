@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::topology::{Broker, Cluster, Node, Topology};
+use crate::topology::{Cluster, Node, Topology};
 
 /// Where brokers listen.
 pub const BROKER_PORT: u16 = 4500;
@@ -16,6 +16,10 @@ pub const AGENT_ADMIN: &str = "127.0.0.1:4505";
 pub const CLUSTER_DIR: &str = "/run/lab/cluster";
 /// A place's private directory.
 pub const STATE_DIR: &str = "/run/lab/state";
+/// A broker's secret, in its private directory.
+pub const BROKER_KEY: &str = "broker.key";
+/// What a broker knows of the set, in its private directory; the same name in the administrator's.
+pub const BROKER_SET: &str = "broker.set";
 /// Where devices are asked for.
 pub const DEVICES_DIR: &str = "/run/tombolo/devices";
 
@@ -35,14 +39,27 @@ pub fn find(program: &str) -> Result<String> {
     Ok(found.to_string_lossy().into_owned())
 }
 
-/// Whether all of Tombolo's programs are built.
+/// All of Tombolo's programs.
+const PROGRAMS: [&str; 4] = ["tombolo", "tombolo-agent", "tombolo-broker", "tombolo-wireguard"];
+
+/// Makes sure that all of Tombolo's programs are there: under `cargo run` they are built, so that they are as new as
+/// the lab; else they must lie beside it.
 ///
 /// # Errors
-/// Names the first that is not.
-pub fn all_built() -> Result<()> {
-    ["tombolo", "tombolo-agent", "tombolo-broker", "tombolo-wireguard"]
-        .iter()
-        .try_for_each(|p| find(p).map(drop))
+/// If one is missing or does not build.
+pub fn ensure_built() -> Result<()> {
+    if let Some(cargo) = std::env::var_os("CARGO") {
+        let mut command = std::process::Command::new(cargo);
+        command.args(["build", "--quiet", "--bins"]);
+        for program in PROGRAMS {
+            command.args(["--package", program]);
+        }
+        if !cfg!(debug_assertions) {
+            command.arg("--release");
+        }
+        ensure!(command.status()?.success(), "the programs do not build: see above");
+    }
+    PROGRAMS.iter().try_for_each(|p| find(p).map(drop))
 }
 
 fn line(program: &str, args: &[&str]) -> Result<Vec<String>> {
@@ -67,23 +84,24 @@ pub fn lab(args: &[&str]) -> Result<Vec<String>> {
     line("tombolo-lab", args)
 }
 
-/// A broker. Its identity and the set's documents were made by `tombolo init`.
+/// A broker. [`crate::Lab::start_broker`] put its identity and the set's roots into its private directory.
 ///
 /// # Errors
 /// If it is not built.
-pub fn broker(broker: &Broker) -> Result<Vec<String>> {
-    let set = set_dir();
+pub fn broker() -> Result<Vec<String>> {
+    let listen = format!("[::]:{BROKER_PORT}");
+    let file = |name: &str| format!("{STATE_DIR}/{name}");
     line(
         "tombolo-broker",
         &[
             "--listen",
-            &format!("[::]:{BROKER_PORT}"),
+            &listen,
             "--data",
-            STATE_DIR,
+            &file("data"),
             "--identity",
-            &format!("{set}/{}.identity", broker.name),
+            &file(BROKER_KEY),
             "--set",
-            &format!("{set}/set.json"),
+            &file(BROKER_SET),
             "--admin",
             BROKER_ADMIN,
         ],
@@ -162,6 +180,12 @@ pub fn join(cluster: &Cluster) -> Result<Vec<String>> {
 /// If it is not built.
 pub fn revoke(cluster: &str) -> Result<Vec<String>> {
     line("tombolo", &["revoke", cluster, "--dir", &set_dir(), "--yes"])
+}
+
+/// Where `tombolo init` puts the secret of the broker that was named as the `index`th (from 0).
+#[must_use]
+pub fn made_broker_key(index: usize) -> String {
+    format!("{}/broker-{}.key", set_dir(), index + 1)
 }
 
 /// Any command of the operator's that looks at a cluster, on one of its nodes.

@@ -10,10 +10,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MsFlags, mount};
 use nix::sched::CloneFlags;
+use nix::sys::signal::{SigHandler, Signal};
 
 /// Set inside the sandbox.
 const INSIDE: &str = "TOMBOLO_LAB_INSIDE";
@@ -108,6 +110,27 @@ impl Sandbox {
     }
 }
 
+/// Set when an interrupt or a request to end has come.
+static ENDED: AtomicBool = AtomicBool::new(false);
+
+/// From now on SIGINT and SIGTERM only set a mark, which [`interrupted`] reads. (Programs started later have their
+/// default back: exec resets handlers.)
+pub fn catch_interrupts() {
+    extern "C" fn mark(_: i32) {
+        ENDED.store(true, Ordering::Relaxed);
+    }
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        // SAFETY: the handler only stores to an atomic, which is allowed in a handler.
+        let _ = unsafe { nix::sys::signal::signal(signal, SigHandler::Handler(mark)) };
+    }
+}
+
+/// Whether an interrupt has come since [`catch_interrupts`].
+#[must_use]
+pub fn interrupted() -> bool {
+    ENDED.load(Ordering::Relaxed)
+}
+
 /// Between fork and exec: becomes keeper and init, and returns in the process that is to run the lab.
 fn enter(parent: nix::unistd::Pid, pass: Option<i32>) -> std::io::Result<()> {
     die_with(parent)?;
@@ -143,7 +166,7 @@ fn enter(parent: nix::unistd::Pid, pass: Option<i32>) -> std::io::Result<()> {
 }
 
 fn die_with(parent: nix::unistd::Pid) -> std::io::Result<()> {
-    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     if nix::unistd::getppid() != parent {
         return Err(std::io::Error::other("the starter is gone"));
     }
