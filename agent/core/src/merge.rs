@@ -1,5 +1,5 @@
 //! Makes one derived service out of what several clusters export under one name (KEP-1645, "Constraints and Conflict
-//! Resolution"; numbers are those of the MCS checklist in docs/mcs.md).
+//! Resolution").
 //!
 //! Independent of the order of its inputs: constituents are ordered by effective creation, then by cluster id, and the
 //! oldest wins every property that cannot be united.

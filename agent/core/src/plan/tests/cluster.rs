@@ -159,7 +159,7 @@ fn applied(world: &ClusterWorld, desired: &ClusterDesired) -> ClusterWorld {
 }
 
 fn condition(desired: &ClusterDesired, name: &str, kind: &str) -> Option<(bool, String)> {
-    let status = desired.statuses.get().unwrap().get(&service(name)).unwrap();
+    let status = desired.statuses.get()?.get(&service(name))?;
     status.conditions.get(kind).map(|c| (c.status, c.reason.clone()))
 }
 

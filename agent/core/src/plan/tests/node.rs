@@ -71,7 +71,7 @@ fn table(desired: &NodeDesired) -> BTreeMap<u8, Vec<(String, BTreeSet<Prefix>)>>
 
 fn slots(desired: &NodeDesired, prefix: &str) -> Option<Vec<u8>> {
     let wanted = net(prefix);
-    desired.routes.get().unwrap().iter().find_map(|r| match &r.via {
+    desired.routes.get()?.iter().find_map(|r| match &r.via {
         Via::Devices(d) if r.prefix == wanted && r.table == TABLE_OUT => {
             Some(d.iter().map(|n| n.get()).collect())
         }
