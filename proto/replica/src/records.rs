@@ -101,7 +101,7 @@ impl ScopeRecords {
     }
 
     /// Keys whose records differ between two.
-    pub(crate) fn changed(&self, new: &Self) -> Vec<RecordKey> {
+    pub fn changed(&self, new: &Self) -> Vec<RecordKey> {
         let differs = |a: &Self, b: &Self| {
             let mut keys = Vec::new();
             for (key, body) in &a.bodies {

@@ -50,7 +50,8 @@ impl Session {
                 self.peer_interest = Interest::Namespaces(list.into_iter().collect());
                 self.dirty.extend(replica.origins().map(|(cluster, _)| cluster.clone()));
             }
-            Want::Scopes { origin, scopes } if replica.origin(&origin).is_some() => {
+            // Also of one whose statement is still to come from elsewhere.
+            Want::Scopes { origin, scopes } if replica.membership(&origin).is_some() => {
                 let talk = self.talks.entry(origin.clone()).or_default();
                 talk.whole |= scopes.is_empty();
                 let room = replica.quota().scopes.saturating_sub(talk.peer_wants.len());

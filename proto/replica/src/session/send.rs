@@ -170,10 +170,7 @@ impl Session {
             if talk.peer_wants.is_empty() {
                 continue;
             }
-            let Some(state) = replica.origin(origin) else {
-                talk.peer_wants.clear();
-                continue;
-            };
+            let Some(state) = replica.origin(origin) else { continue };
             // The peer reads a chunk as of the position it was told last.
             if talk.told != Some(state.position()) || talk.peer_has > Some(state.position()) || talk.whole {
                 continue;

@@ -1,0 +1,268 @@
+//! The loop around one peer's session.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use prost::Message as _;
+use tokio::sync::mpsc;
+use tombolo_broker_core::Admitted;
+use tombolo_proto::pb;
+use tombolo_proto::wire::{self, Message};
+use tombolo_replica::{Introduction, Session};
+use tombolo_tls::server::Peer;
+use tonic::{Status, Streaming};
+use tracing::{info, warn};
+
+use crate::metrics::ResultLabel;
+use crate::shared::{Counted, Shared, unix_now};
+
+/// Messages that wait for the transport; the session makes no more while these wait.
+pub(crate) const QUEUE: usize = 2;
+/// How long the hello may take.
+const HELLO: Duration = Duration::from_secs(10);
+/// Sessions of one cluster: its leader's, a former leader's, some that are dying.
+const SESSIONS_PER_CLUSTER: usize = 8;
+
+type Outbound = mpsc::Sender<Result<pb::Message, Status>>;
+
+/// Runs a session to its end, and tells the peer why it ended.
+pub(crate) async fn run(shared: Arc<Shared>, peer: Peer, inbound: Streaming<pb::Message>, out: Outbound) {
+    let mut runner = Runner { shared: shared.clone(), peer, inbound, out, name: "?".to_owned() };
+    let end = runner.session().await;
+    let result = match &end {
+        End::Closed => "closed",
+        End::Draining => "draining",
+        End::Denied(_) => "denied",
+        End::Broken(_) => "broken",
+    };
+    shared.metrics.session_ends.get_or_create(&ResultLabel { result }).inc();
+    let (peer, address) = (&runner.name, peer.address);
+    let status = match end {
+        End::Closed => {
+            info!(%peer, %address, "session ended");
+            return;
+        }
+        End::Draining => Status::unavailable("the broker is going down; come again in a moment"),
+        End::Denied(status) => {
+            warn!(%peer, %address, reason = status.message(), "session refused");
+            status
+        }
+        End::Broken(status) => {
+            warn!(%peer, %address, reason = status.message(), "session broken off");
+            status
+        }
+    };
+    // A peer that does not read will not read this either.
+    let _ = tokio::time::timeout(Duration::from_secs(2), runner.out.send(Err(status))).await;
+}
+
+enum End {
+    Closed,
+    Draining,
+    Denied(Status),
+    Broken(Status),
+}
+
+struct Runner {
+    shared: Arc<Shared>,
+    peer: Peer,
+    inbound: Streaming<pb::Message>,
+    out: Outbound,
+    /// For the log.
+    name: String,
+}
+
+impl Runner {
+    async fn session(&mut self) -> End {
+        let shared = self.shared.clone();
+        let mut session = Session::new(Introduction {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Introduction::default()
+        });
+        // Ours may go at once: it tells nothing that Fetch does not.
+        let hello = session.poll_transmit(&shared.replica());
+        if let Some(hello) = hello {
+            let _ = self.out.send(Ok(wire::encode_message(&hello))).await;
+        }
+        let first = tokio::select! {
+            first = tokio::time::timeout(HELLO, self.receive()) => first,
+            () = shared.stop.cancelled() => return End::Draining,
+        };
+        let first = match first {
+            Ok(Ok(first)) => first,
+            Ok(Err(end)) => return end,
+            Err(_) => return End::Denied(Status::deadline_exceeded("no hello came")),
+        };
+        let admitted = match self.admit(&first) {
+            Ok(admitted) => admitted,
+            Err(status) => return End::Denied(status),
+        };
+        let _guard = match &admitted {
+            Admitted::Member(cluster) => {
+                let max = SESSIONS_PER_CLUSTER;
+                match Counted::take(&shared, cluster.clone(), max, |shared| &shared.sessions) {
+                    Some(guard) => Some(guard),
+                    None => {
+                        let text = format!("{cluster} holds {max} sessions already");
+                        return End::Denied(Status::resource_exhausted(text));
+                    }
+                }
+            }
+            Admitted::Broker => None,
+        };
+        shared.metrics.sessions.inc();
+        let end = self.exchange(&mut session, &admitted, first).await;
+        shared.metrics.sessions.dec();
+        end
+    }
+
+    fn admit(&mut self, first: &Message) -> Result<Admitted, Status> {
+        let Message::Hello(hello) = first else {
+            return Err(Status::invalid_argument("the first message is not a hello"));
+        };
+        let judged = self.shared.admission.judge(&self.shared.replica(), &self.peer.key, hello, unix_now());
+        let result = if judged.is_ok() { "admitted" } else { "denied" };
+        self.shared.metrics.admissions.get_or_create(&ResultLabel { result }).inc();
+        let admitted = judged.map_err(|denied| Status::permission_denied(denied.to_string()))?;
+        self.name = match &admitted {
+            Admitted::Member(cluster) => cluster.to_string(),
+            Admitted::Broker => "broker".to_owned(),
+        };
+        info!(peer = %self.name, address = %self.peer.address, version = hello.version, "session admitted");
+        Ok(admitted)
+    }
+
+    async fn exchange(&mut self, session: &mut Session, admitted: &Admitted, first: Message) -> End {
+        let shared = self.shared.clone();
+        let mut version = shared.version.subscribe();
+        let mut next = Some(first);
+        let mut ready = true;
+        loop {
+            if let Some(message) = next.take() {
+                let result = {
+                    let mut replica = shared.replica();
+                    let result = session.handle_message(&mut replica, message);
+                    shared.announce(&replica);
+                    result
+                };
+                for refusal in session.take_refusals() {
+                    shared.metrics.refusals.inc();
+                    warn!(peer = %self.name, "{refusal}");
+                }
+                for alarm in session.take_peer_alarms() {
+                    warn!(peer = %self.name, object = alarm.object, reason = alarm.reason, "the peer complains");
+                }
+                if let Err(error) = result {
+                    return End::Broken(Status::invalid_argument(error.to_string()));
+                }
+                if self.is_revoked(admitted) {
+                    return End::Denied(Status::permission_denied(format!(
+                        "{} has no membership any more: it was revoked",
+                        self.name
+                    )));
+                }
+                ready = true;
+            }
+            tokio::select! {
+                () = shared.stop.cancelled() => return End::Draining,
+                permit = self.out.clone().reserve_owned(), if ready => {
+                    let Ok(permit) = permit else { return End::Closed };
+                    let message = session.poll_transmit(&shared.replica());
+                    match message {
+                        Some(message) => {
+                            if self.send(admitted, message, permit).await.is_none() {
+                                return End::Closed;
+                            }
+                        }
+                        None => ready = false,
+                    }
+                }
+                message = receive(&mut self.inbound, &shared) => match message {
+                    Ok(message) => next = Some(message),
+                    Err(end) => return end,
+                },
+                changed = version.changed() => {
+                    if changed.is_err() {
+                        return End::Draining;
+                    }
+                    if self.is_revoked(admitted) {
+                        // It is told why before it goes: the list is among the documents.
+                        self.farewell(session).await;
+                        return End::Denied(Status::permission_denied(format!("{} has no membership any more: it was revoked", self.name)));
+                    }
+                    ready = true;
+                }
+            }
+        }
+    }
+
+    /// Sends through the hook, if there is one.
+    async fn send(
+        &self,
+        admitted: &Admitted,
+        message: Message,
+        permit: mpsc::OwnedPermit<Result<pb::Message, Status>>,
+    ) -> Option<()> {
+        let encode = |message: &Message| {
+            let message = wire::encode_message(message);
+            self.shared.metrics.message("sent", message.encoded_len());
+            Ok(message)
+        };
+        match &self.shared.hooks.outbound {
+            None => {
+                permit.send(encode(&message));
+            }
+            Some(hook) => {
+                drop(permit);
+                for message in hook(admitted, message) {
+                    self.out.send(encode(&message)).await.ok()?;
+                }
+            }
+        }
+        Some(())
+    }
+
+    async fn farewell(&self, session: &mut Session) {
+        let message = session.poll_transmit(&self.shared.replica());
+        if let Some(message @ Message::Documents(_)) = message {
+            let sent = self.out.send(Ok(wire::encode_message(&message)));
+            let _ = tokio::time::timeout(Duration::from_secs(2), sent).await;
+        }
+    }
+
+    fn is_revoked(&self, admitted: &Admitted) -> bool {
+        match admitted {
+            Admitted::Member(cluster) => self.shared.replica().membership(cluster).is_none(),
+            Admitted::Broker => false,
+        }
+    }
+
+    async fn receive(&mut self) -> Result<Message, End> {
+        receive(&mut self.inbound, &self.shared).await
+    }
+}
+
+/// The next message that this version knows. May be dropped while it waits.
+async fn receive(inbound: &mut Streaming<pb::Message>, shared: &Shared) -> Result<Message, End> {
+    loop {
+        let message = match inbound.message().await {
+            Ok(Some(message)) => message,
+            Ok(None) => return Err(End::Closed),
+            Err(status) if is_gone(&status) => return Err(End::Closed),
+            Err(status) => return Err(End::Broken(status)),
+        };
+        shared.metrics.message("received", message.encoded_len());
+        match wire::decode_message(&message) {
+            Ok(Some(message)) => return Ok(message),
+            Ok(None) => {}
+            Err(error) => return Err(End::Broken(Status::invalid_argument(error.to_string()))),
+        }
+    }
+}
+
+/// A connection that broke is an end like any other.
+fn is_gone(status: &Status) -> bool {
+    use tonic::Code;
+    matches!(status.code(), Code::Cancelled | Code::Unavailable)
+        || (status.code() == Code::Unknown && std::error::Error::source(status).is_some())
+}
