@@ -15,6 +15,7 @@ pub mod fault;
 pub mod fetch;
 pub mod foreign;
 mod lab;
+pub mod measure;
 mod member;
 #[allow(unsafe_code)]
 pub mod place;

@@ -16,7 +16,7 @@ use tombolo_lab::probe::{Pace, Question, Report, Stop, dns, ping, tcp, udp};
 use tombolo_lab::sandbox::{self, Sandbox};
 use tombolo_lab::serve::serve;
 use tombolo_lab::topology::{DEMO, TWO};
-use tombolo_lab::{Lab, Topology, demo, program};
+use tombolo_lab::{Lab, Topology, demo, measure, program};
 
 /// Clusters, nodes and pods as namespaces of this machine, with the real programs inside.
 #[derive(Parser)]
@@ -30,6 +30,9 @@ struct Cli {
 enum Command {
     /// Tell the whole story, step by step, on the real programs
     Demo,
+    /// Measure a promise in a lab of its own, and print the figures
+    #[command(subcommand)]
+    Measure(Measure),
     /// Build a lab and keep it until ^C or `down`
     Up {
         /// A topology file, or the name of a built-in topology: two, demo.
@@ -109,6 +112,19 @@ enum Command {
     /// Send a steady flow and report, as JSON, what became of it; ends with the standard input
     #[command(subcommand)]
     Probe(Probe),
+}
+
+#[derive(Subcommand)]
+enum Measure {
+    /// From a manifest written (or removed) to the name answering (or gone) in a pod of the other cluster
+    Propagation {
+        /// How often.
+        #[arg(long, default_value_t = 100)]
+        rounds: u32,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// Which running lab.
@@ -309,6 +325,17 @@ fn run(command: Command) -> Result<ExitCode> {
             Sandbox::prepare()?;
             sandbox::catch_interrupts();
             demo::demo(Topology::parse(DEMO)?, &mut std::io::stdout())?;
+        }
+        Command::Measure(Measure::Propagation { rounds, json }) => {
+            if !Sandbox::inside() {
+                return outside("measure", false);
+            }
+            Sandbox::prepare()?;
+            sandbox::catch_interrupts();
+            let lab = Lab::build(Topology::parse(TWO)?)?;
+            lab.bring_up()?;
+            let figures = measure::propagation(&lab, rounds)?;
+            print(&if json { serde_json::to_string_pretty(&figures)? } else { figures.to_string() });
         }
         Command::Up { topology: file, name, bare } => {
             let topology = topology(&file)?;

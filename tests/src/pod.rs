@@ -9,9 +9,10 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::fetch::Fetched;
 use crate::lab::{Lab, host};
 use crate::place::words;
-use crate::probe::{DnsReport, Echo, Report, TcpReport, UdpReport, ping};
+use crate::probe::{DnsReport, Echo, Question, Report, TcpReport, UdpReport, ask, ping};
 use crate::program;
 use crate::serve::ECHO_PORT;
+use crate::topology::NAMESERVER;
 
 /// A probe that runs in a place; killed when dropped.
 #[derive(Debug)]
@@ -108,6 +109,38 @@ impl Lab {
         self.place(place)?.run(|| ping(to, timeout))?
     }
 
+    /// TCP, UDP and ICMP, both families, from every pod to every pod of every other cluster, source kept.
+    ///
+    /// # Errors
+    /// The first pair that does not reach each other, or with another source.
+    pub fn everybody_reaches_everybody(&self) -> Result<()> {
+        let pods: Vec<_> = self.topology().pods().collect();
+        for from in &pods {
+            for to in pods.iter().filter(|to| to.cluster != from.cluster) {
+                for (own, other) in
+                    [(IpAddr::from(from.v4), IpAddr::from(to.v4)), (from.v6.into(), to.v6.into())]
+                {
+                    self.reaches(&from.name, own, other)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// TCP, UDP and ICMP from a place to a pod, seen there as `own`.
+    ///
+    /// # Errors
+    /// What did not pass, or the other source.
+    pub fn reaches(&self, place: &str, own: IpAddr, pod: IpAddr) -> Result<()> {
+        let http = self.fetch(place, &format!("http://{}:8080/ip", host(pod)), &[])?;
+        ensure!(http.body.trim() == own.to_string(), "{pod} saw {own} over TCP as {}", http.body);
+        let udp = self.fetch(place, &format!("udp://{}:{ECHO_PORT}", host(pod)), &[])?;
+        ensure!(udp.body.trim() == own.to_string(), "{pod} saw {own} over UDP as {}", udp.body);
+        let echo = self.ping(place, pod, Duration::from_secs(2))?;
+        ensure!(echo.is_answered(), "{own} pings {pod}: {echo:?}");
+        Ok(())
+    }
+
     /// Starts a UDP flow from a place to a pod's echo server.
     ///
     /// # Errors
@@ -133,6 +166,17 @@ impl Lab {
     pub fn dns_flow(&self, place: &str, server: &str, name: &str, kind: u16, rate: u32) -> Result<Flow> {
         let (kind, rate) = (kind.to_string(), rate.to_string());
         self.probe(place, &["dns", "--to", server, "--name", name, "--type", &kind, "--rate", &rate])
+    }
+
+    /// What a place's resolver answers to one question: the response code and addresses. `kind` is 1 for A, 28 for
+    /// AAAA.
+    ///
+    /// # Errors
+    /// If nothing answers within a second.
+    pub fn ask(&self, place: &str, name: &str, kind: u16) -> Result<(u8, Vec<IpAddr>)> {
+        let question = Question { name: name.to_owned(), kind };
+        let server = (NAMESERVER, 53).into();
+        self.place(place)?.run(|| ask(server, &question, Duration::from_secs(1)))?
     }
 
     fn probe(&self, place: &str, args: &[&str]) -> Result<Flow> {

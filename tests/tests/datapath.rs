@@ -38,12 +38,12 @@ fn data_path_in_flat_networks() {
         let flat = TWO.replace("    pod_cidrs", "    flat: true\n    pod_cidrs");
         let (lab, hand) = start(&program::find("tombolo-wireguard")?, &flat)?;
         let watch = lab.watch_wire()?;
-        everybody_reaches_everybody(&lab)?;
+        lab.everybody_reaches_everybody()?;
         for node in lab.topology().nodes() {
             let strict = [("ipv4/conf/eth0/rp_filter", "1"), ("ipv4/conf/eth0/src_valid_mark", "1")];
             lab.place(&node.name)?.sysctl(&strict)?;
         }
-        everybody_reaches_everybody(&lab)?;
+        lab.everybody_reaches_everybody()?;
         nothing_in_clear_without_tunnels(&lab, &hand)?;
         watch.seen().assert_protected()
     });
@@ -65,14 +65,14 @@ fn a_foreign_drop_is_cured_by_the_stated_lines() {
                 }
             }
         }
-        everybody_reaches_everybody(&lab)
+        lab.everybody_reaches_everybody()
     });
 }
 
 fn story(device: &str, topology: &str) -> Result<()> {
     let (lab, hand) = start(device, topology)?;
     let watch = lab.watch_wire()?;
-    everybody_reaches_everybody(&lab)?;
+    lab.everybody_reaches_everybody()?;
     nodes_reach_pods_and_tunnel_addresses(&lab)?;
     a_smaller_mtu_behind_the_gateway_is_told(&lab)?;
     one_way_cut(&lab)?;
@@ -97,28 +97,6 @@ fn start(device: &str, topology: &str) -> Result<(Lab, Hand)> {
         hand.set_up(&lab, node)?;
     }
     Ok((lab, hand))
-}
-
-/// TCP, UDP and ICMP, both families, from every pod to every pod of the other cluster, source kept.
-fn everybody_reaches_everybody(lab: &Lab) -> Result<()> {
-    for (from, to) in pairs(lab) {
-        let both = [(IpAddr::from(from.v4), IpAddr::from(to.v4)), (from.v6.into(), to.v6.into())];
-        for (own, other) in both {
-            let http = lab.fetch(&from.name, &format!("http://{}:8080/ip", host(other)), &[])?;
-            ensure!(http.body.trim() == own.to_string(), "{other} saw {own} over TCP as {}", http.body);
-            let udp = lab.fetch(&from.name, &format!("udp://{}:7000", host(other)), &[])?;
-            ensure!(udp.body.trim() == own.to_string(), "{other} saw {own} over UDP as {}", udp.body);
-            let echo = lab.ping(&from.name, other, Duration::from_secs(2))?;
-            ensure!(echo.is_answered(), "{own} pings {other}: {echo:?}");
-        }
-    }
-    Ok(())
-}
-
-fn pairs(lab: &Lab) -> Vec<(tombolo_lab::topology::Pod, tombolo_lab::topology::Pod)> {
-    let pods: Vec<_> = lab.topology().pods().cloned().collect();
-    let both = pods.iter().flat_map(|a| pods.iter().map(move |b| (a.clone(), b.clone())));
-    both.filter(|(a, b)| a.cluster != b.cluster).collect()
 }
 
 fn nodes_reach_pods_and_tunnel_addresses(lab: &Lab) -> Result<()> {
@@ -180,7 +158,7 @@ fn one_way_cut(lab: &Lab) -> Result<()> {
             "-6 route replace {prefix} table 4510 proto 98 src fd00:18:1::1 nexthop via fe80::1 dev tombolo2\n"
         ))?;
     }
-    everybody_reaches_everybody(lab)?;
+    lab.everybody_reaches_everybody()?;
     lab.heal()
 }
 
