@@ -92,11 +92,18 @@ pub fn serve(sockets: DnsSockets, zone: ZoneWatch, metrics: DnsMetrics) -> io::R
         server.tasks.spawn(tcp::run(listener, shared.clone()));
     }
     for (at, socket) in sockets.udp.into_iter().enumerate() {
+        let (ready, begin) = std::sync::mpsc::channel::<()>();
+        let waiting = shared.clone();
+        server.tasks.spawn(async move {
+            waiting.known().await;
+            let _ = ready.send(());
+        });
         let (shared, stop) = (shared.clone(), server.stop.clone());
-        let runtime = tokio::runtime::Handle::current();
         let thread = std::thread::Builder::new().name(format!("dns-udp{at}")).spawn(move || {
-            runtime.block_on(shared.known());
-            udp::run(&socket, &shared, &stop);
+            // An error: the runtime ended before.
+            if begin.recv().is_ok() {
+                udp::run(&socket, &shared, &stop);
+            }
         })?;
         server.threads.push(thread);
     }

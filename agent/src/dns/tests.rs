@@ -301,10 +301,10 @@ impl Running {
 fn ask_udp(server: SocketAddr, message: &Message) -> Message {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-    socket.send_to(&message.to_vec().unwrap(), server).unwrap();
+    socket.connect(server).unwrap();
+    socket.send(&message.to_vec().unwrap()).unwrap();
     let mut buffer = [0; 4096];
-    let (length, from) = socket.recv_from(&mut buffer).unwrap();
-    assert_eq!(from, server);
+    let length = socket.recv(&mut buffer).unwrap();
     Message::from_vec(&buffer[..length]).unwrap()
 }
 
@@ -389,6 +389,21 @@ fn noise_kills_nothing() {
     while !(counted(Rcode::NoError) && counted(Rcode::FormErr)) {
         assert!(Instant::now() < deadline, "answers are counted");
         std::thread::yield_now();
+    }
+}
+
+/// Else conntrack would not undo the pods' NAT: a connected socket hears only who it asked.
+#[test]
+fn answers_come_from_the_address_that_was_asked() {
+    let sockets = sockets(&["0.0.0.0:0".parse().unwrap()]).unwrap();
+    let port = sockets.tcp[0].local_addr().unwrap().port();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let zone = watch::Sender::new(Some(Arc::new(zone())));
+    let _runtime = runtime.enter();
+    let _server = serve(sockets, zone.subscribe(), DnsMetrics::new()).unwrap();
+    let message = query("web.shop.svc.clusterset.local.", RecordType::A);
+    for address in ["127.0.0.1", "127.0.0.3"] {
+        assert_eq!(ask_udp(format!("{address}:{port}").parse().unwrap(), &message).answers.len(), 1);
     }
 }
 
