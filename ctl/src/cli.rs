@@ -1,0 +1,265 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::{Ipv4Net, Ipv6Net};
+use tombolo_agent_core::object::ServiceKey;
+use tombolo_agent_core::world::Reach;
+use tombolo_proto::model::{ClusterId, Namespace, NamespacePattern, Prefix, ServiceName, SetName};
+use tombolo_proto::trust::PublicKey;
+
+use crate::output::{Color, Format};
+
+/// Joins Kubernetes clusters: a service exported in one is reached from all others by name.
+///
+/// An administrator makes a set (`init`) and hands every cluster an invitation (`invite`, or `admit` where no secret
+/// may travel). A cluster joins with it (`join`), and its users export services (`export`, or a ServiceExport
+/// manifest). `status` and `check` tell how things are.
+#[derive(Parser)]
+#[command(name = "tombolo", version, max_term_width = 110, after_help = EXAMPLES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Form of the output.
+    #[arg(short, long, global = true, value_enum, default_value_t)]
+    pub(crate) output: Format,
+    /// When to use colours (NO_COLOR is obeyed).
+    #[arg(long, global = true, value_enum, default_value_t)]
+    pub(crate) color: Color,
+    /// Leave out the headers of tables.
+    #[arg(long, global = true)]
+    pub(crate) no_headers: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  tombolo init harbour --broker broker.example:4500
+  tombolo invite eu-west --pod-cidr 10.1.0.0/16 > eu-west.token
+  tombolo join --cluster-dir /var/lib/tombolo/cluster @eu-west.token
+  tombolo export production/api-service
+  tombolo resolve api-service.production.svc.clusterset.local
+
+Exit codes: 0 done, 1 failed (or a check found a failure), 2 wrong usage.
+Manifests instead of commands: docs/directory.md.";
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Make a new set: root keys, and an identity for each broker
+    Init(Init),
+    /// Grant a cluster membership and print a one-use token for it
+    Invite(Invite),
+    /// Grant membership to a cluster's own key: no secret travels
+    Admit(Admit),
+    /// End a cluster's membership and tell the brokers
+    Revoke(Revoke),
+    /// List the clusters that were granted membership
+    Members(SetArgs),
+    /// Make this cluster a member, by a token or by an admission
+    Join(Join),
+    /// Print this cluster's public key, for `tombolo admit`
+    Key(ClusterArgs),
+    /// Export a service to the set
+    Export(Export),
+    /// Stop exporting a service
+    Unexport(Export),
+    /// Show members, nodes, exports and imports
+    Status(Status),
+    /// Check this node's kernel, firewall, forwarding and ranges
+    Check(Check),
+    /// Tell what a name answers, out of what this cluster imports
+    Resolve(Resolve),
+    /// Print a shell's completion script, to be sourced
+    Completion(Completion),
+}
+
+/// Where the administrator keeps the set.
+#[derive(Args)]
+pub(crate) struct SetArgs {
+    /// The administrator's directory, made by `tombolo init`.
+    #[arg(long, env = "TOMBOLO_SET_DIR", default_value = "tombolo-set", value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+}
+
+/// Which cluster.
+#[derive(Args)]
+pub(crate) struct ClusterArgs {
+    /// The directory that is the cluster's API (docs/directory.md).
+    #[arg(long, env = "TOMBOLO_CLUSTER_DIR", default_value = "/var/lib/tombolo/cluster", value_name = "DIR")]
+    pub(crate) cluster_dir: PathBuf,
+}
+
+#[derive(Args)]
+pub(crate) struct Init {
+    /// What people call the set.
+    pub(crate) name: SetName,
+    /// Address of a broker as members reach it; may be repeated.
+    #[arg(long, required = true, value_name = "HOST:PORT")]
+    pub(crate) broker: Vec<String>,
+    #[command(flatten)]
+    pub(crate) set: SetArgs,
+    /// Where members' tunnel addresses come from, a /24 each; must be nobody's pod, node or service range.
+    #[arg(long, default_value_t = crate::set::default_tunnel_pool(), value_name = "CIDR")]
+    pub(crate) tunnel_pool: Ipv4Net,
+}
+
+/// What a cluster will be.
+#[derive(Args)]
+pub(crate) struct GrantArgs {
+    /// The cluster's id: one DNS label, unique in the set.
+    pub(crate) cluster: ClusterId,
+    /// A pod range of the cluster; may be repeated (IPv4 and IPv6).
+    #[arg(long, required = true, value_name = "CIDR")]
+    pub(crate) pod_cidr: Vec<Prefix>,
+    /// Namespaces it may export: a name, or the beginning of one and '*'. Default: all.
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
+    pub(crate) namespaces: Vec<NamespacePattern>,
+    /// Grant anew to a cluster that is granted already (a lost token or key, other ranges). Name all its ranges and
+    /// namespaces; its tunnel range and its age stay, and the new grant replaces the old one when it joins with it.
+    #[arg(long)]
+    pub(crate) renew: bool,
+    #[command(flatten)]
+    pub(crate) set: SetArgs,
+}
+
+#[derive(Args)]
+pub(crate) struct Invite {
+    #[command(flatten)]
+    pub(crate) grant: GrantArgs,
+    /// Hours in which the token must be used; membership itself never ends by a clock. 0: no limit.
+    #[arg(long, default_value_t = 24, value_name = "HOURS")]
+    pub(crate) valid_for: u64,
+}
+
+#[derive(Args)]
+pub(crate) struct Admit {
+    #[command(flatten)]
+    pub(crate) grant: GrantArgs,
+    /// What `tombolo key` printed in that cluster.
+    #[arg(long, value_name = "BASE64", value_parser = public_key)]
+    pub(crate) key: PublicKey,
+}
+
+fn public_key(text: &str) -> Result<PublicKey, String> {
+    PublicKey::try_from(text.to_owned())
+}
+
+#[derive(Args)]
+pub(crate) struct Revoke {
+    /// Which cluster.
+    pub(crate) cluster: ClusterId,
+    #[command(flatten)]
+    pub(crate) set: SetArgs,
+    /// Only sign the list; hand it to the brokers later, by the same command.
+    #[arg(long)]
+    pub(crate) offline: bool,
+    /// Do not ask.
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct Join {
+    /// The token or admission itself, @FILE, or '-' for standard input (a token is a secret: prefer these two).
+    pub(crate) token: String,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+    /// What foreign traffic may come to pods: exported ports only, or everything. [default: exports]
+    #[arg(long, value_parser = reach_parser())]
+    pub(crate) reach: Option<Reach>,
+    /// Where this cluster takes its IPv4 ClusterSetIPs from; local, may be the same everywhere. [default: 198.19.0.0/16]
+    #[arg(long, value_name = "CIDR")]
+    pub(crate) clusterset_v4: Option<Ipv4Net>,
+    /// Where this cluster takes its IPv6 ClusterSetIPs from. [default: fd19:746f:6d62::/112]
+    #[arg(long, value_name = "CIDR")]
+    pub(crate) clusterset_v6: Option<Ipv6Net>,
+    /// A range of this cluster that no other may ever own here (Services, API server, ...); may be repeated.
+    #[arg(long, value_name = "CIDR")]
+    pub(crate) reserve: Vec<Prefix>,
+}
+
+fn reach_parser() -> impl TypedValueParser<Value = Reach> {
+    PossibleValuesParser::new(["exports", "all"])
+        .map(|text| if text == "all" { Reach::All } else { Reach::Exports })
+}
+
+#[derive(Args)]
+pub(crate) struct Export {
+    /// Which service, as NAMESPACE/SERVICE.
+    #[arg(value_name = "NAMESPACE/SERVICE", value_parser = service_key)]
+    pub(crate) service: ServiceKey,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+}
+
+fn service_key(text: &str) -> Result<ServiceKey, String> {
+    let (namespace, name) =
+        text.split_once('/').ok_or("NAMESPACE/SERVICE is expected, such as production/api")?;
+    let namespace = Namespace::new(namespace).map_err(|e| e.to_string())?;
+    let name = ServiceName::new(name).map_err(|e| e.to_string())?;
+    Ok(ServiceKey { namespace, name })
+}
+
+/// The agent of this node.
+#[derive(Args)]
+pub(crate) struct AgentArgs {
+    /// Where the agent of this node serves its admin pages.
+    #[arg(long, env = "TOMBOLO_ADMIN", default_value = "127.0.0.1:4505", value_name = "ADDRESS:PORT")]
+    pub(crate) admin: SocketAddr,
+}
+
+#[derive(Args)]
+pub(crate) struct Status {
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+    #[command(flatten)]
+    pub(crate) agent: AgentArgs,
+}
+
+#[derive(Args)]
+pub(crate) struct Check {
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+    #[command(flatten)]
+    pub(crate) agent: AgentArgs,
+    /// Only what can be checked before joining.
+    #[arg(long)]
+    pub(crate) pre: bool,
+    /// Warnings fail too.
+    #[arg(long)]
+    pub(crate) strict: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct Resolve {
+    /// SERVICE.NAMESPACE.svc.clusterset.local, or SERVICE.NAMESPACE
+    pub(crate) name: String,
+    /// Type of the records.
+    #[arg(long = "type", short = 't', value_enum, ignore_case = true)]
+    pub(crate) kind: Option<RecordKind>,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+}
+
+/// Types of records that names here have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "UPPER")]
+pub(crate) enum RecordKind {
+    /// IPv4 addresses
+    A,
+    /// IPv6 addresses
+    Aaaa,
+    /// Ports
+    Srv,
+    /// dns-version
+    Txt,
+}
+
+#[derive(Args)]
+pub(crate) struct Completion {
+    /// For which shell.
+    #[arg(value_enum)]
+    pub(crate) shell: clap_complete::Shell,
+}
