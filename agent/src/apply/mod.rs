@@ -303,15 +303,16 @@ impl Appliers {
         self.nft.drops().await
     }
 
-    /// Makes it so. Adds in an order in which nothing is sent, translated or let in wrongly meanwhile: devices with their
-    /// addresses and peers, firewall, routes, rules; then removes in reverse.
+    /// Makes it so. Adds in an order in which nothing is sent, translated or let in wrongly meanwhile: firewall, devices with
+    /// their addresses and peers, routes, rules; then removes in reverse. The firewall comes first, since what arrives by a
+    /// new device before its routes are there would otherwise leave in clear by the default route.
     pub async fn apply(&mut self, desired: &NodeDesired) -> Report {
         let mut report = Report::default();
-        if let Some(devices) = desired.devices.get() {
-            self.add_devices(devices, &mut report).await;
-        }
         if let Some(firewall) = desired.firewall.get() {
             report.extend(self.nft.apply(firewall).await);
+        }
+        if let Some(devices) = desired.devices.get() {
+            self.add_devices(devices, &mut report).await;
         }
         let mut routes = None;
         if let Some(desired) = desired.routes.get() {

@@ -12,7 +12,7 @@ use tombolo_agent_core::world::Reach;
 use tombolo_proto::model::{DeviceNumber, Family, Prefix, Protocol};
 
 use super::super::netlink::device_number;
-use super::shape::{MAX_BACKENDS, affinity_class};
+use super::shape::{HASH_MODULUS, MAX_BACKENDS, VIP_SEED, affinity_class};
 
 /// One value of a key or of what it leads to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,6 +25,8 @@ pub(super) enum Datum {
     Protocol(Protocol),
     /// A port, or the index of a backend.
     Number(u16),
+    /// A hash.
+    Word(u32),
     /// A link's name.
     Device(DeviceNumber),
     /// An IP family.
@@ -43,6 +45,7 @@ impl fmt::Display for Datum {
             Self::Address(address) => write!(f, "{address}"),
             Self::Protocol(protocol) => f.write_str(protocol_name(*protocol)),
             Self::Number(number) => write!(f, "{number}"),
+            Self::Word(word) => write!(f, "{word}"),
             Self::Device(number) => write!(f, "\"{number}\""),
             Self::Family(Family::V4) => f.write_str("ipv4"),
             Self::Family(Family::V6) => f.write_str("ipv6"),
@@ -86,6 +89,7 @@ pub(super) enum Column {
     Address,
     Protocol,
     Number,
+    Word,
     Device,
     Family,
     Verdict,
@@ -104,6 +108,7 @@ impl Column {
                 _ => return None,
             })),
             Self::Number => value.as_u64().and_then(|n| n.try_into().ok()).map(Datum::Number),
+            Self::Word => value.as_u64().and_then(|n| n.try_into().ok()).map(Datum::Word),
             Self::Device => device_number(text?).map(Datum::Device),
             Self::Family => match text? {
                 "ipv4" => Some(Datum::Family(Family::V4)),
@@ -230,6 +235,7 @@ fn one_family(firewall: &Firewall, family: Family, all: &mut BTreeMap<String, El
     put("claimed", addresses(vips.clone().map(|(vip, _)| vip.address).chain(resolvers)));
 
     let (mut verdicts, mut backends, mut keeps) = (Elements::new(), Elements::new(), Elements::new());
+    let mut identities = BTreeSet::new();
     for (vip, balance) in vips {
         let key = vip_key(vip);
         let chosen = fair_subset(balance.backends.iter().copied().filter(|(a, _)| ours(a)).collect());
@@ -239,7 +245,10 @@ fn one_family(firewall: &Firewall, family: Family, all: &mut BTreeMap<String, El
             let key = key.iter().copied().chain([Datum::Number(index)]).collect();
             backends.insert(key, vec![Datum::Address(address), Datum::Number(port)]);
         }
-        if let Some(seconds) = balance.affinity {
+        // Two v6 VIPs of one hash (one pair in 2^32) would share their clients: the second goes without.
+        if let Some(seconds) = balance.affinity
+            && identities.insert(identity(&key))
+        {
             keeps.insert(key, vec![Datum::Keep(family, affinity_class(seconds.get()))]);
         }
     }
@@ -250,6 +259,48 @@ fn one_family(firewall: &Firewall, family: Family, all: &mut BTreeMap<String, El
 
 fn vip_key(vip: &Vip) -> Vec<Datum> {
     vec![Datum::Address(vip.address), Datum::Protocol(vip.protocol), Datum::Number(vip.port)]
+}
+
+/// A VIP, as the affinity maps name it: for v6 its address is hashed, as the kernel does it (`nft_jhash`).
+pub(super) fn identity(vip: &[Datum]) -> Vec<Datum> {
+    let name = |datum: &Datum| match datum {
+        Datum::Address(IpAddr::V6(address)) => {
+            let hash = u64::from(jhash(address.octets(), VIP_SEED)) * u64::from(HASH_MODULUS);
+            Datum::Word((hash >> 32) as u32)
+        }
+        other => *other,
+    };
+    vip.iter().map(name).collect()
+}
+
+/// Bob Jenkins' lookup3 of 16 bytes, as Linux has it (`include/linux/jhash.h`).
+fn jhash(bytes: [u8; 16], seed: u32) -> u32 {
+    let word = |i: usize| u32::from_ne_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
+    let start = 0xdead_beef_u32.wrapping_add(16).wrapping_add(seed);
+    let mut a = start.wrapping_add(word(0));
+    let mut b = start.wrapping_add(word(4));
+    let mut c = start.wrapping_add(word(8));
+    a = a.wrapping_sub(c) ^ c.rotate_left(4);
+    c = c.wrapping_add(b);
+    b = b.wrapping_sub(a) ^ a.rotate_left(6);
+    a = a.wrapping_add(c);
+    c = c.wrapping_sub(b) ^ b.rotate_left(8);
+    b = b.wrapping_add(a);
+    a = a.wrapping_sub(c) ^ c.rotate_left(16);
+    c = c.wrapping_add(b);
+    b = b.wrapping_sub(a) ^ a.rotate_left(19);
+    a = a.wrapping_add(c);
+    c = c.wrapping_sub(b) ^ b.rotate_left(4);
+    b = b.wrapping_add(a);
+    // The last four bytes, which the kernel puts together one by one.
+    a = a.wrapping_add(u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]));
+    c = (c ^ b).wrapping_sub(b.rotate_left(14));
+    a = (a ^ c).wrapping_sub(c.rotate_left(11));
+    b = (b ^ a).wrapping_sub(a.rotate_left(25));
+    c = (c ^ b).wrapping_sub(b.rotate_left(16));
+    a = (a ^ c).wrapping_sub(c.rotate_left(4));
+    b = (b ^ a).wrapping_sub(a.rotate_left(14));
+    (c ^ b).wrapping_sub(b.rotate_left(24))
 }
 
 /// Of more than nft chooses from, equally many out of every part.

@@ -19,7 +19,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 use tokio::time::timeout;
 use tombolo_agent_core::desired::Firewall;
-use tombolo_proto::model::Family;
 
 use super::{Action, ApplyError, Report, Subject, Writes};
 use element::{Column, Datum, Elements, Tuple};
@@ -61,6 +60,17 @@ pub enum FirewallError {
     Listing(String),
 }
 
+/// What packets write: the maps, their keys (client, VIP, protocol, port) and what they hold.
+const AFFINITY: [(&str, &[Column], &[Column]); 3] = [
+    (
+        "affinity4",
+        &[Column::Address, Column::Address, Column::Protocol, Column::Number],
+        &[Column::Address, Column::Number],
+    ),
+    ("affinity6", &[Column::Word, Column::Word, Column::Protocol, Column::Number], &[Column::Address]),
+    ("affinity6_port", &[Column::Word, Column::Word, Column::Protocol, Column::Number], &[Column::Number]),
+];
+
 /// Runs nft.
 pub struct Nft {
     program: PathBuf,
@@ -75,8 +85,8 @@ struct Table {
     rules: BTreeMap<String, usize>,
     /// `None`: holds what we never write.
     sets: BTreeMap<String, Option<Elements>>,
-    /// Client and VIP, and the backend it stays with.
-    affinity: BTreeMap<Family, Elements>,
+    /// Client and VIP, and the backend it stays with, by map.
+    affinity: BTreeMap<&'static str, Elements>,
 }
 
 /// Elements to change in one set.
@@ -189,21 +199,19 @@ impl Nft {
     /// Clients do not stay with a backend that went.
     async fn forget(
         &self,
-        affinity: &BTreeMap<Family, Elements>,
+        affinity: &BTreeMap<&'static str, Elements>,
         desired: &BTreeMap<String, Elements>,
     ) -> Result<(), FirewallError> {
-        for (family, elements) in affinity {
-            let stale = stale(*family, elements, desired);
-            let name = format!("affinity{}", element::digit(*family));
+        for (name, elements) in stale(affinity, desired) {
             let mut script = String::new();
-            render(&mut script, "delete", &name, &stale);
-            if stale.is_empty() || self.write(script).await.is_ok() {
+            render(&mut script, "delete", name, &elements);
+            if self.write(script).await.is_ok() {
                 continue;
             }
             // One of them ended by itself meanwhile, and nft does all or nothing.
-            for (key, value) in stale {
+            for (key, value) in elements {
                 let mut script = String::new();
-                render(&mut script, "delete", &name, &Elements::from([(key, value)]));
+                render(&mut script, "delete", name, &Elements::from([(key, value)]));
                 let _ = self.write(script).await;
             }
         }
@@ -233,15 +241,11 @@ impl Nft {
     }
 
     fn read_set(&self, set: &Value, table: &mut Table) {
-        const AFFINITY: [Column; 4] = [Column::Address, Column::Address, Column::Protocol, Column::Number];
         let Some(name) = set.get("name").and_then(Value::as_str) else { return };
         let none = Value::Array(Vec::new());
         let elements = set.get("elem").unwrap_or(&none);
-        for family in Family::ALL {
-            if name.strip_prefix("affinity").is_some_and(|f| f.chars().eq([element::digit(family)])) {
-                let kept = element::parse(elements, &AFFINITY, &[Column::Address, Column::Number]);
-                table.affinity.insert(family, kept.unwrap_or_default());
-            }
+        if let Some((name, key, value)) = AFFINITY.iter().find(|(affinity, ..)| *affinity == name) {
+            table.affinity.insert(name, element::parse(elements, key, value).unwrap_or_default());
         }
         if let Some(ours) = self.shape.sets.iter().find(|ours| ours.name == name) {
             table.sets.insert(name.to_owned(), element::parse(elements, ours.key, ours.value));
@@ -376,29 +380,57 @@ fn chunks(changes: &[Change]) -> Vec<Vec<Change>> {
     scripts.into_iter().map(|script| script.into_values().collect()).collect()
 }
 
-/// What clients stay with that is no backend of a VIP with affinity any more.
-fn stale(family: Family, affinity: &Elements, desired: &BTreeMap<String, Elements>) -> Elements {
-    let digit = element::digit(family);
+/// What clients stay with that is no backend of a VIP with affinity any more, by map.
+fn stale<'a>(
+    affinity: &BTreeMap<&'a str, Elements>,
+    desired: &BTreeMap<String, Elements>,
+) -> BTreeMap<&'a str, Elements> {
     let none = Elements::new();
-    let keeps = desired.get(&format!("keep{digit}")).unwrap_or(&none);
-    let backends = desired.get(&format!("backend{digit}")).unwrap_or(&none);
-    let valid: BTreeSet<(&[Datum], &[Datum])> = backends
+    let mut valid: BTreeSet<(Vec<Datum>, &[Datum])> = BTreeSet::new();
+    for digit in ['4', '6'] {
+        let keeps = desired.get(&format!("keep{digit}")).unwrap_or(&none);
+        for (key, backend) in desired.get(&format!("backend{digit}")).unwrap_or(&none) {
+            if let Some(vip) = key.get(..3).filter(|vip| keeps.contains_key(*vip)) {
+                valid.insert((element::identity(vip), backend));
+            }
+        }
+    }
+    let is_valid = |key: &[Datum], backend: &[Datum]| {
+        key.get(1..).is_some_and(|vip| valid.contains(&(vip.to_vec(), backend)))
+    };
+    let in_map = |name| affinity.get(name).unwrap_or(&none);
+    let ports = in_map("affinity6_port");
+    let whole = |key: &Vec<Datum>, address: &Vec<Datum>| -> Vec<Datum> {
+        address.iter().chain(ports.get(key).into_iter().flatten()).copied().collect()
+    };
+    let v6_valid: BTreeSet<&Vec<Datum>> = in_map("affinity6")
         .iter()
-        .filter_map(|(key, value)| Some((key.get(..3)?, value.as_slice())))
-        .filter(|(vip, _)| keeps.contains_key(*vip))
+        .filter(|(key, a)| is_valid(key, &whole(key, a)))
+        .map(|(key, _)| key)
         .collect();
-    affinity
-        .iter()
-        .filter(|(key, backend)| !key.get(1..).is_some_and(|vip| valid.contains(&(vip, backend.as_slice()))))
-        .map(|(key, value)| (key.clone(), value.clone()))
-        .collect()
+    let mut stale = BTreeMap::new();
+    for (name, elements) in affinity {
+        let gone: Elements = elements
+            .iter()
+            .filter(
+                |(key, value)| {
+                    !if *name == "affinity4" { is_valid(key, value) } else { v6_valid.contains(key) }
+                },
+            )
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect();
+        if !gone.is_empty() {
+            stale.insert(*name, gone);
+        }
+    }
+    stale
 }
 
 #[cfg(test)]
 mod tests {
     use std::net::IpAddr;
 
-    use tombolo_proto::model::Protocol;
+    use tombolo_proto::model::{Family, Protocol};
 
     use super::*;
 
@@ -473,10 +505,10 @@ mod tests {
             ),
             ("backend4".to_owned(), Elements::from([(vip(1, 0), backend(1)), (vip(2, 0), backend(2))])),
         ]);
-        let kept = |n, b| Elements::from([(client(n), backend(b))]);
-        assert!(stale(Family::V4, &kept(1, 1), &desired).is_empty());
-        assert_eq!(stale(Family::V4, &kept(1, 2), &desired).len(), 1);
-        assert_eq!(stale(Family::V4, &kept(2, 2), &desired).len(), 1);
+        let kept = |n, b| BTreeMap::from([("affinity4", Elements::from([(client(n), backend(b))]))]);
+        assert!(stale(&kept(1, 1), &desired).is_empty());
+        assert_eq!(stale(&kept(1, 2), &desired).len(), 1);
+        assert_eq!(stale(&kept(2, 2), &desired).len(), 1);
     }
 
     #[tokio::test]

@@ -17,6 +17,12 @@ const HELLO_PORT: u16 = 4509;
 const TUNNEL_PORTS: &str = "4510-4573";
 /// How long clients stay with a backend: nft wants a rule for each time. The next longer one is used.
 const AFFINITY: [u32; 14] = [10, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400];
+/// Seed of the hash of a client's v6 address.
+const CLIENT_SEED: u32 = 0x746f_6d62;
+/// Seed of the hash of a VIP's v6 address.
+pub(super) const VIP_SEED: u32 = 0x6f6c_6f21;
+/// What hashes are taken modulo.
+pub(super) const HASH_MODULUS: u32 = u32::MAX;
 /// Clients remembered, of each family.
 const AFFINITY_SIZE: u32 = 262_144;
 
@@ -129,11 +135,24 @@ fn sets(b: &mut Builder, f: &str, ip: &str, address: &str) {
         BACKEND,
         &[Column::Address, Column::Number],
     );
-    // Written by packets.
-    b.line(format_args!(
-        "add map inet tombolo affinity{f} {{ typeof {ip} saddr . {target} : {ip} daddr . th dport; flags dynamic,timeout; \
-         timeout 3h; size {AFFINITY_SIZE}; }}"
-    ));
+    // Written by packets. nft 1.0.6 writes keys of 16 bytes at most, and as much data: in v6 hashes stand for addresses.
+    let dynamic = format!("flags dynamic,timeout; timeout 3h; size {AFFINITY_SIZE}");
+    if f == "4" {
+        b.line(format_args!(
+            "add map inet tombolo affinity4 {{ typeof {ip} saddr . {target} : {ip} daddr . th dport; {dynamic}; }}"
+        ));
+    } else {
+        let key = "numgen random mod 65536 . numgen random mod 65536 . meta l4proto . th dport";
+        b.line(format_args!("add map inet tombolo affinity6 {{ typeof {key} : {ip} daddr; {dynamic}; }}"));
+        b.line(format_args!("add map inet tombolo affinity6_port {{ typeof {key} : th dport; {dynamic}; }}"));
+    }
+}
+
+/// `{v6 saddr and daddr, hashed}`
+fn hashed(of: &str) -> String {
+    format!(
+        "jhash {of} saddr mod {HASH_MODULUS} seed {CLIENT_SEED:#x} . jhash {of} daddr mod {HASH_MODULUS} seed {VIP_SEED:#x}"
+    )
 }
 
 /// What only passes is not tracked; what goes to other clusters never goes in clear, and never to a third one.
@@ -240,13 +259,17 @@ fn service(b: &mut Builder) {
             let keep = format!("keep{f}_{seconds}");
             b.chain(&keep);
             for protocol in PROTOCOLS {
-                b.rule(
-                    &keep,
+                let port = "meta l4proto . ct original proto-dst";
+                let update = if f == "4" {
+                    let key = format!("ct original ip saddr . ct original ip daddr . {port}");
+                    format!("update @affinity4 {{ {key} timeout {seconds}s : ip daddr . th dport }}")
+                } else {
+                    let key = format!("{} . {port} timeout {seconds}s", hashed("ct original ip6"));
                     format!(
-                        "meta l4proto {protocol} update @affinity{f} {{ ct original {ip} saddr . ct original {ip} daddr . \
-                         meta l4proto . ct original proto-dst timeout {seconds}s : {ip} daddr . th dport }}"
-                    ),
-                );
+                        "update @affinity6 {{ {key} : ip6 daddr }} update @affinity6_port {{ {key} : th dport }}"
+                    )
+                };
+                b.rule(&keep, format!("meta l4proto {protocol} {update}"));
             }
         }
     }
@@ -261,7 +284,12 @@ fn service(b: &mut Builder) {
                 "{ip} daddr @resolver{f} meta l4proto {{ tcp, udp }} th dport 53 redirect to :{DNS_PORT}"
             ),
         );
-        b.rule("service", format!("dnat {ip} to {ip} saddr . {target} map @affinity{f}"));
+        if f == "4" {
+            b.rule("service", format!("dnat ip to ip saddr . {target} map @affinity4"));
+        } else {
+            let key = format!("{} . meta l4proto . th dport", hashed("ip6"));
+            b.rule("service", format!("dnat ip6 to {key} map @affinity6 : {key} map @affinity6_port"));
+        }
         b.rule("service", format!("{target} vmap @vip{f}"));
     }
     b.hook("service_prerouting", "nat hook prerouting priority dstnat - 10");
@@ -269,19 +297,20 @@ fn service(b: &mut Builder) {
     b.hook("service_output", "nat hook output priority -110");
     b.rule("service_output", "jump service");
 
-    b.hook("affinity", "filter hook postrouting priority mangle");
-    b.rule("affinity", "ct status != dnat accept");
-    b.rule("affinity", "ct state != new accept");
+    b.chain("remember");
     for (f, ip) in FAMILIES {
         for protocol in PROTOCOLS {
             b.rule(
-                "affinity",
+                "remember",
                 format!(
                     "meta l4proto {protocol} ct original {ip} daddr . meta l4proto . ct original proto-dst vmap @keep{f}"
                 ),
             );
         }
     }
+
+    b.hook("affinity", "filter hook postrouting priority mangle");
+    b.rule("affinity", "ct status dnat ct state new jump remember");
 
     // A port or address that nothing answers is refused at once and never leaves. A TCP reset is not rate-limited.
     b.chain("refuse");
