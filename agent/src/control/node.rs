@@ -100,6 +100,7 @@ impl Node {
                         _ => self.plan(world, findings),
                     };
                     let clean = self.apply(&current.desired, start).await;
+                    self.answer(&current.desired);
                     planned = Some(current);
                     clean
                 }
@@ -191,6 +192,13 @@ impl Node {
         findings.sort();
         findings.dedup();
         self.show(&desired, findings);
+        let planned = Arc::new(Planned { world, desired });
+        self.shown.planned.store(Some(planned.clone()));
+        planned
+    }
+
+    /// Names come after the firewall: whoever gets a new address must find it balanced.
+    fn answer(&self, desired: &NodeDesired) {
         if let Section::Set(zone) = &desired.zone {
             self.zone.send_if_modified(|old| {
                 let same = old.as_deref() == Some(zone);
@@ -200,9 +208,6 @@ impl Node {
                 !same
             });
         }
-        let planned = Arc::new(Planned { world, desired });
-        self.shown.planned.store(Some(planned.clone()));
-        planned
     }
 
     async fn apply(&mut self, desired: &NodeDesired, start: Instant) -> bool {
