@@ -1,6 +1,6 @@
 //! A running broker.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -11,21 +11,23 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tombolo_broker_core::Admission;
+use tombolo_proto::model::ClusterId;
 use tombolo_proto::pb::exchange_server::ExchangeServer;
 use tombolo_proto::wire::Documents;
-use tombolo_replica::{Interest, Replica};
+use tombolo_replica::{Interest, OriginState, Replica};
 use tombolo_tls::server::{Accepted, Acceptor};
 use tombolo_tls::{MAX_MESSAGE, TlsError};
 use tonic::transport::Server;
 use tracing::{debug, info, warn};
 
+use crate::admin;
 use crate::config::Config;
 use crate::persist::Persister;
 use crate::service::Service;
 use crate::shared::{Counted, Hooks, Shared, unix_now};
 use crate::store::{Store, StoreError};
-use crate::{admin, store};
 
 /// Connections at once, and of them from one address (one /64 is not summed up: controllers are few).
 const CONNECTIONS: usize = 4096;
@@ -64,6 +66,7 @@ pub struct Broker {
     address: SocketAddr,
     admin: Option<SocketAddr>,
     tasks: Vec<JoinHandle<()>>,
+    _gone: DropGuard,
 }
 
 impl Broker {
@@ -72,7 +75,7 @@ impl Broker {
         let mut replica = Replica::new(config.set.roots.clone(), Interest::All).with_quota(config.quota);
         let brokers = Some(config.set.brokers.envelope().clone());
         replica.offer_documents(&Documents { brokers, ..Documents::default() });
-        let written = restore(&mut replica, store.as_mut()).map_err(StartError::Store)?;
+        let (written, stale) = restore(&mut replica, store.as_mut()).map_err(StartError::Store)?;
         let own = config.identity.public();
         if !replica.brokers().is_some_and(|list| list.brokers.iter().any(|broker| broker.key == own)) {
             warn!(key = %own, "this broker's key is not in the set's list of brokers: no member will trust it");
@@ -85,23 +88,23 @@ impl Broker {
         info!(%address, set = %replica.set(), name = %replica.roots().current().name, "listening");
         let shared = Arc::new(Shared::new(replica, admission, hooks));
 
-        let mut tasks = vec![tokio::spawn(Persister::new(store, written).run(shared.clone()))];
+        let mut tasks = vec![tokio::spawn(Persister::new(store, written, stale).run(shared.clone()))];
         let mut admin_address = None;
+        let gone = CancellationToken::new();
         if let Some(configured) = config.admin {
             let listener = listen(configured).await?;
             admin_address = Some(local(&listener, configured)?);
-            let (router, stop) = (admin::router(shared.clone()), shared.stop.clone());
-            tasks.push(tokio::spawn(async move {
+            let (router, gone) = (admin::router(shared.clone()), gone.clone());
+            // Answers "not ready" while the sessions drain.
+            tokio::spawn(async move {
                 let serve = axum::serve(listener, router).into_future();
-                // Answers "not ready" while the sessions drain.
-                let ended = async { (stop.cancelled().await, tokio::time::sleep(DRAIN).await) };
-                tokio::select! { _ = serve => {}, _ = ended => {} }
-            }));
+                tokio::select! { _ = serve => {}, () = gone.cancelled() => {} }
+            });
         }
         let (accepted, incoming) = mpsc::channel(64);
         tasks.push(tokio::spawn(accept(shared.clone(), listener, acceptor, accepted)));
         tasks.push(tokio::spawn(serve(shared.clone(), incoming)));
-        Ok(Self { shared, address, admin: admin_address, tasks })
+        Ok(Self { shared, address, admin: admin_address, tasks, _gone: gone.drop_guard() })
     }
 
     /// Where members come.
@@ -140,9 +143,13 @@ impl Broker {
     }
 }
 
-type Written = BTreeMap<tombolo_proto::model::ClusterId, Arc<tombolo_replica::OriginState>>;
+type Written = BTreeMap<ClusterId, Arc<OriginState>>;
 
-fn restore(replica: &mut Replica, store: &mut dyn Store) -> Result<Written, StoreError> {
+/// What the replica took back, and what in the store is of no use.
+fn restore(
+    replica: &mut Replica,
+    store: &mut dyn Store,
+) -> Result<(Written, BTreeSet<ClusterId>), StoreError> {
     let stored = store.load()?;
     if stored.unreadable > 0 {
         warn!(count = stored.unreadable, "parts of the store cannot be read; the members bring them back");
@@ -152,17 +159,20 @@ fn restore(replica: &mut Replica, store: &mut dyn Store) -> Result<Written, Stor
             warn!("from the store: {refusal}");
         }
     }
+    let mut stale = BTreeSet::new();
     for origin in stored.origins {
-        let store::StoredOrigin { ref statement, namespaces_hash, .. } = origin;
-        if let Err(refusal) =
-            replica.restore(statement, origin.leaves(), namespaces_hash, origin.records.clone())
-        {
+        let leaves = origin.leaves();
+        let restored = replica.restore(&origin.statement, leaves, origin.namespaces_hash, origin.records);
+        if let Err(refusal) = restored {
             warn!("from the store: {refusal}; the members bring it back");
+        }
+        if replica.origin(&origin.cluster).is_none() {
+            stale.insert(origin.cluster);
         }
     }
     let written: Written = replica.origins().map(|(name, state)| (name.clone(), state.clone())).collect();
     info!(members = replica.memberships().count(), origins = written.len(), "took back what the store holds");
-    Ok(written)
+    Ok((written, stale))
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, StartError> {

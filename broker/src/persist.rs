@@ -1,6 +1,6 @@
 //! Writes what changed to the store, behind the sessions' backs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -23,13 +23,19 @@ pub(crate) struct Persister {
     store: Box<dyn Store>,
     version: u64,
     written: BTreeMap<ClusterId, Arc<OriginState>>,
+    /// In the store, of no use, to be removed.
+    stale: BTreeSet<ClusterId>,
     healthy: bool,
 }
 
 impl Persister {
-    /// A store of which `written` was just loaded.
-    pub(crate) fn new(store: Box<dyn Store>, written: BTreeMap<ClusterId, Arc<OriginState>>) -> Self {
-        Self { store, version: 0, written, healthy: true }
+    /// A store of which `written` was just loaded, and `stale` not taken.
+    pub(crate) fn new(
+        store: Box<dyn Store>,
+        written: BTreeMap<ClusterId, Arc<OriginState>>,
+        stale: BTreeSet<ClusterId>,
+    ) -> Self {
+        Self { store, version: 0, written, stale, healthy: true }
     }
 
     /// Runs until the broker stops, and writes once more then.
@@ -79,6 +85,7 @@ impl Persister {
         self.tell(&result);
         if result.is_ok() {
             self.version = version;
+            self.stale.clear();
             shared.stored.store(version, Ordering::Relaxed);
             for (cluster, change) in batch.origins {
                 match change.state {
@@ -103,12 +110,8 @@ impl Persister {
                 Change::Interest => {}
             }
         }
-        // What was found in the store and not taken back does not stay there.
-        for (cluster, written) in &self.written {
-            if replica.origin(cluster).is_none() && !batch.origins.contains_key(cluster) {
-                let change = OriginChange { written: Some(written.clone()), state: None };
-                batch.origins.insert(cluster.clone(), change);
-            }
+        for cluster in &self.stale {
+            batch.origins.entry(cluster.clone()).or_default();
         }
         batch
     }

@@ -351,7 +351,7 @@ pub async fn client(
 
 /// Opens a session, sends these messages, and waits for how the broker ends it.
 pub async fn refused(address: SocketAddr, own: &SigningKey, messages: Vec<pb::Message>) -> Status {
-    let mut client = client(address, own).await;
+    let mut client = client(address, own).await.max_encoding_message_size(16 * 1024 * 1024);
     let (out, outbound) = mpsc::channel(8);
     for message in messages {
         out.send(message).await.unwrap();
