@@ -158,10 +158,14 @@ pub(super) fn is_blank(body: &str) -> bool {
 
 /// One document's value, or the line (from 0) and the words of what is wrong.
 pub(super) fn value(body: &str) -> Result<Value, (u64, String)> {
-    serde_saphyr::from_str(body).map_err(|error| {
+    // As in YAML 1.2, `no` and `n` are texts: somebody's cluster is Norway's.
+    let options = serde_saphyr::options! { strict_booleans: true };
+    serde_saphyr::from_str_with_options(body, options).map_err(|error| {
         let line = error.location().map_or(0, |l| l.line().saturating_sub(1));
         let text = error.without_snippet().to_string();
-        let text = text.lines().next().unwrap_or("not readable").chars().take(200).collect();
+        let text = text.lines().next().unwrap_or("not readable");
+        // It counts lines within the document; ours, within the file, stands before it.
+        let text = text.split(" at line ").next().unwrap_or(text).chars().take(200).collect();
         (line, text)
     })
 }

@@ -6,6 +6,7 @@ mod assemble;
 mod document;
 mod export;
 mod join;
+mod memory;
 mod object;
 mod reader;
 mod store;
@@ -33,6 +34,7 @@ use super::kind::{
     tunnel_node, typed,
 };
 use super::{Applied, ClusterApi, ClusterSet, Error, Lease, Member, Observed, Version, Versioned};
+use memory::Memory;
 use reader::Reader;
 use store::{Store, Transaction, object_error, version};
 use watch::Watching;
@@ -49,6 +51,7 @@ pub const STATE: &str = "state";
 pub struct Directory {
     root: PathBuf,
     store: Arc<Store>,
+    memory: Option<Memory>,
     watching: OnceLock<Result<Watching, Receiver<Arc<Observed>>>>,
 }
 
@@ -80,7 +83,15 @@ impl Directory {
 
     fn at(root: PathBuf) -> Self {
         let store = Arc::new(Store::new(root.join(STATE)));
-        Self { root, store, watching: OnceLock::new() }
+        Self { root, store, memory: None, watching: OnceLock::new() }
+    }
+
+    /// Keeps copies of good manifests in `state_dir`, so that one that is broken keeps its last good value over
+    /// restarts too. To be called before the first [`ClusterApi::observe`].
+    #[must_use]
+    pub fn remembering(mut self, state_dir: &Path) -> Self {
+        self.memory = Some(Memory::new(state_dir.join(MANIFESTS)));
+        self
     }
 
     /// Where it is.
@@ -184,7 +195,7 @@ async fn apply(
 impl ClusterApi for Directory {
     fn observe(&self) -> Receiver<Arc<Observed>> {
         let start = || {
-            Watching::start(self.root.clone()).map_err(|error| {
+            Watching::start(self.root.clone(), self.memory.clone()).map_err(|error| {
                 let finding = Finding {
                     severity: Severity::Error,
                     reason: "NoWatch",

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tombolo_agent_core::finding::Finding;
 
 use super::assemble::{self, assemble};
+use super::memory::Memory;
 use super::object::{self, Object};
 use super::tree::{self, ReadError, Stamp};
 use super::{MANIFESTS, STATE, document};
@@ -44,6 +45,7 @@ struct Side {
     files: BTreeMap<String, Content>,
     findings: Vec<Finding>,
     dirs: BTreeSet<String>,
+    memory: Option<Memory>,
 }
 
 struct Content {
@@ -62,8 +64,14 @@ impl Reader {
             files: BTreeMap::new(),
             findings: Vec::new(),
             dirs: BTreeSet::new(),
+            memory: None,
         };
         Self { manifests: side(Half::Manifests, MANIFESTS), state: side(Half::State, STATE) }
+    }
+
+    /// Remembers over restarts what manifests said when they were last good.
+    pub(super) fn remember(&mut self, memory: Memory) {
+        self.manifests.memory = Some(memory);
     }
 
     /// Looks at every file, reading those that changed. `closed` were closed by their writers and are read at
@@ -165,23 +173,29 @@ impl Side {
                 dir.is_empty() || path.strip_prefix(dir.as_str()).is_some_and(|rest| rest.starts_with('/'))
             })
         };
-        self.files.retain(|path, _| listing.files.contains_key(path) || unknown(path));
+        let stays = |path: &str| listing.files.contains_key(path) || unknown(path);
+        self.files.retain(|path, _| stays(path));
+        if !self.known
+            && let Some(memory) = &self.memory
+        {
+            memory.retain(stays);
+        }
         let mut again = false;
         for (path, stamp) in &listing.files {
             let known = self.files.get(path);
             if known.is_some_and(|file| file.stamp == Some(*stamp) && !file.young) {
                 continue;
             }
+            // Half of a new file takes nothing away, half of a known one would.
+            let new = known.is_none();
             let settled = self.half == Half::State
                 || stamp.age() >= SETTLED
                 || stamp.is_ahead()
-                || !self.known
                 || closed.contains(&(self.half, path.clone()))
                 || known.is_some_and(|file| file.stamp == Some(*stamp));
-            if settled {
+            again |= !settled && self.known;
+            if settled || new {
                 self.load(path);
-            } else {
-                again = true;
             }
         }
         self.dirs = listing.dirs;
@@ -204,12 +218,14 @@ impl Side {
             Ok(read) => read,
             Err(ReadError::Gone) => {
                 self.files.remove(path);
+                if let Some(memory) = &self.memory {
+                    memory.forget(path);
+                }
                 return;
             }
             Err(error) => {
-                let old = self.files.remove(path);
+                let items = self.last_good(path, &place);
                 let mut findings = vec![error.problem().on(format!("file {place}"), &place)];
-                let items = old.map(|old| old.items).unwrap_or_default();
                 kept(&mut findings, !items.is_empty());
                 self.files.insert(path.to_owned(), Content { stamp: None, young: false, items, findings });
                 return;
@@ -219,10 +235,14 @@ impl Side {
             Half::Manifests => document::parse(&place, &bytes),
             Half::State => parse_state(path, &place, &bytes),
         };
-        if let Some(old) = self.files.remove(path) {
+        if !parsed.lost && parsed.failed.is_empty() {
+            if let Some(memory) = &self.memory {
+                memory.keep(path, &bytes);
+            }
+        } else {
             let before = parsed.items.len();
             let live: BTreeSet<ObjectId> = parsed.items.iter().map(|(id, _)| id.clone()).collect();
-            for (id, object) in old.items {
+            for (id, object) in self.last_good(path, &place) {
                 if !live.contains(&id) && (parsed.lost || parsed.failed.contains(&id)) {
                     parsed.items.push((id, object));
                 }
@@ -232,6 +252,17 @@ impl Side {
         let young = stamp.age() < GRAIN || stamp.is_ahead();
         let content = Content { stamp: Some(stamp), young, items: parsed.items, findings: parsed.findings };
         self.files.insert(path.to_owned(), content);
+    }
+
+    /// What a file said before.
+    fn last_good(&self, path: &str, place: &str) -> Vec<(ObjectId, Arc<Object>)> {
+        match (self.files.get(path), &self.memory) {
+            (Some(content), _) => content.items.clone(),
+            (None, Some(memory)) => {
+                memory.recall(path).map(|bytes| document::parse(place, &bytes).items).unwrap_or_default()
+            }
+            (None, None) => Vec::new(),
+        }
     }
 
     fn objects(&self) -> assemble::Objects<'_> {

@@ -14,6 +14,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use tokio::sync::watch;
 use tombolo_agent_core::finding::{Finding, Severity};
 
+use super::memory::Memory;
 use super::reader::{Half, Reader, SETTLED};
 use super::{MANIFESTS, STATE};
 use crate::api::observed::Observed;
@@ -36,17 +37,17 @@ pub(super) struct Watching {
 }
 
 impl Watching {
-    /// Starts a thread that reads `root` whenever it changes.
+    /// Starts a thread that reads `root` whenever it changes, with a memory of good manifests.
     ///
     /// # Errors
     /// If the system gives no thread or descriptor.
-    pub(super) fn start(root: PathBuf) -> std::io::Result<Self> {
+    pub(super) fn start(root: PathBuf, memory: Option<Memory>) -> std::io::Result<Self> {
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let (sender, receiver) = watch::channel(Arc::new(Observed::default()));
         let thread_stop = Arc::clone(&stop);
         std::thread::Builder::new()
             .name("directory".to_owned())
-            .spawn(move || Watcher::new(root, sender, thread_stop).run())?;
+            .spawn(move || Watcher::new(root, memory, sender, thread_stop).run())?;
         Ok(Self { stop, receiver })
     }
 
@@ -97,8 +98,16 @@ impl Dirty {
 }
 
 impl Watcher {
-    fn new(root: PathBuf, sender: watch::Sender<Arc<Observed>>, stop: Arc<EventFd>) -> Self {
-        let reader = Reader::new(&root);
+    fn new(
+        root: PathBuf,
+        memory: Option<Memory>,
+        sender: watch::Sender<Arc<Observed>>,
+        stop: Arc<EventFd>,
+    ) -> Self {
+        let mut reader = Reader::new(&root);
+        if let Some(memory) = memory {
+            reader.remember(memory);
+        }
         let (inotify, refused) = match Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK) {
             Ok(inotify) => (Some(inotify), None),
             Err(error) => (None, Some(error)),

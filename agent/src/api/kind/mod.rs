@@ -14,6 +14,9 @@ pub mod slice;
 pub mod tunnel_node;
 pub mod tutorial;
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
@@ -378,30 +381,4 @@ pub(crate) fn time(seconds: u64) -> Time {
 /// Unix seconds of a time; 0 before 1970.
 pub(crate) fn seconds(time: &Time) -> u64 {
     u64::try_from(time.0.as_second()).unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_stay_in_their_directory() {
-        let long = "a".repeat(300);
-        for bad in ["", ".", "..", "../x", "a/b", "a\0b", "a..b", "-a", "A", ".tmp", "a/", "ä", &long] {
-            assert!(ObjectName::new(bad).is_err(), "{bad:?}");
-        }
-        for good in ["a", "api-service", "ip-10-0-0-1.eu", "0"] {
-            assert!(ObjectName::new(good).is_ok(), "{good:?}");
-        }
-    }
-
-    #[test]
-    fn kinds_by_version() {
-        for kind in Kind::ALL {
-            assert_eq!(Kind::of(kind.api_version(), kind.name()), Some(kind));
-        }
-        assert_eq!(Kind::of("multicluster.x-k8s.io/v1alpha1", "ServiceExport"), Some(Kind::ServiceExport));
-        assert_eq!(Kind::of("v1beta1", "Service"), None);
-        assert_eq!(Kind::of("serving.knative.dev/v1", "Service"), None);
-    }
 }
