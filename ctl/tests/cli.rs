@@ -1,4 +1,5 @@
 //! The real binary, on directories of its own.
+#![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 use std::fs;

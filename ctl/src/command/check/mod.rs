@@ -211,6 +211,7 @@ fn firewall(lines: &mut Lines) {
         }
     }
     let mut any = false;
+    let silent = dropping.is_empty();
     for (family, table, name) in dropping {
         if lets_tunnels_pass(&family, &table, &name) {
             lines.add(
@@ -256,7 +257,7 @@ fn firewall(lines: &mut Lines) {
             ]);
         }
     }
-    if !any {
+    if !any && silent {
         lines.add("firewall", "forward", Verdict::Ok, "nothing drops forwarded packets by policy");
     }
 }
@@ -399,6 +400,15 @@ fn resolver(lines: &mut Lines, observed: &Observed) {
     for address in [own].into_iter().chain(theirs) {
         match ask(address) {
             Ok(()) => lines.add("names", "resolver", Verdict::Ok, format!("{address} answers")),
+            // From pods it may be reached all the same: the CNI gives them a route.
+            Err(error) if error.kind() == ErrorKind::NetworkUnreachable => {
+                let message =
+                    format!("{address} cannot be asked from the node itself, which has no route there");
+                lines.add("names", "resolver", Verdict::Warning, message);
+                lines.remedy(&[
+                    "ask from a pod of this node; or give the node a default route of that family",
+                ]);
+            }
             Err(error) => {
                 lines.add(
                     "names",
