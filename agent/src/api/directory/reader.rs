@@ -20,6 +20,8 @@ use tombolo_proto::model::Namespace;
 const MAX_MANIFESTS: usize = 10_000;
 /// Objects of ours.
 const MAX_STATE: usize = 200_000;
+/// Bytes of all files together.
+const MAX_TOTAL: u64 = 512 * 1024 * 1024;
 /// A file written so recently may still be being written: a slow scan waits, unless told that it was closed.
 pub(super) const SETTLED: Duration = Duration::from_secs(1);
 /// File times are this coarse: what was written within it of our reading may have changed unseen.
@@ -181,7 +183,18 @@ impl Side {
             memory.retain(stays);
         }
         let mut again = false;
+        let mut total = 0_u64;
         for (path, stamp) in &listing.files {
+            total = total.saturating_add(stamp.size().min(tree::MAX_BYTES));
+            if total > MAX_TOTAL {
+                let place = self.half.place(path);
+                let message = format!(
+                    "the files before it have more than {MAX_TOTAL} bytes; this one and those after it are not read"
+                );
+                let problem = Problem::error("TooManyFiles", message);
+                self.findings.push(problem.on(format!("file {place}"), &place));
+                break;
+            }
             let known = self.files.get(path);
             if known.is_some_and(|file| file.stamp == Some(*stamp) && !file.young) {
                 continue;

@@ -36,6 +36,11 @@ impl Stamp {
         }
     }
 
+    /// Bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
     /// How long ago the file was last written; zero if its clock runs ahead of ours.
     pub(super) fn age(&self) -> Duration {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();

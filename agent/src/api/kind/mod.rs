@@ -285,12 +285,11 @@ impl Problem {
 
     /// As a finding on `object`, found at `place`.
     pub fn on(&self, object: String, place: &str) -> Finding {
-        Finding {
-            severity: self.severity,
-            reason: self.reason,
-            object,
-            message: format!("{place}: {}", self.message),
-        }
+        // Parsers quote what they read; a terminal must not obey it.
+        let text = |c: char| if c.is_control() && c != '\n' { '\u{fffd}' } else { c };
+        let message = format!("{place}: {}", self.message).chars().map(text).collect();
+        let object = object.chars().map(text).collect();
+        Finding { severity: self.severity, reason: self.reason, object, message }
     }
 }
 

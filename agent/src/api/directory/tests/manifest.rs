@@ -316,3 +316,21 @@ proptest! {
         prop_assert_eq!(last, text.len());
     }
 }
+
+#[test]
+fn findings_hold_nothing_that_a_terminal_obeys() {
+    let (_temporary, directory) = directory();
+    put(&directory, "a\u{1b}[2J.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: \"\\e[2J\"}\n");
+    put(&directory, "b.yaml", "\u{1b}]0;x\u{7}: [");
+    put(
+        &directory,
+        "c.yaml",
+        "apiVersion: v1\nkind: Service\nmetadata: {name: c}\nspec: {type: 1, \"\\e[2J\": 1}\n",
+    );
+    let findings = directory.read().findings;
+    assert!(findings.len() >= 3, "{findings:#?}");
+    for finding in findings {
+        let text = format!("{}{}", finding.object, finding.message);
+        assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "{text:?}");
+    }
+}
