@@ -246,6 +246,7 @@ fn firewall() -> Firewall {
             (address("fd00:10:1:3::10"), Protocol::Sctp, 9000),
         ]),
         vips: BTreeMap::new(),
+        clusterset: set(&["198.19.0.0/16", "fd19:746f:6d62::/112"]),
         resolvers: set(&["198.19.0.1", "fd19:746f:6d62::1"]),
         mtu: 1420,
     }
@@ -649,6 +650,8 @@ fn vips_balance_stick_and_refuse() {
 
             node.apply(&with(&[], Some(10800))).await;
             let start = Instant::now();
+            let error = ask(&to.replace("10:80", "10:81").replace("10]:80", "77]:80")).expect_err("no VIP");
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused, "{to}: {error}");
             let error = ask(to).expect_err("no backend");
             assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused, "{to}: {error}");
             assert!(start.elapsed() < Duration::from_secs(1));

@@ -53,7 +53,7 @@ pub enum DeviceError {
     },
     /// It did not come.
     #[error(
-        "the device did not come up within {seconds} s: is `tombolo-wireguard serve {}` running on this node? Its log says why", directory.display()
+        "the device did not come up within {seconds} s: is `tombolo-wireguard serve --dir {}` running on this node? Its log says why", directory.display()
     )]
     Absent {
         /// Where devices are asked for.
@@ -62,7 +62,7 @@ pub enum DeviceError {
         seconds: u64,
     },
     /// It did not go.
-    #[error("the device did not end within {seconds} s: is `tombolo-wireguard serve {}` running on this node?", directory.display())]
+    #[error("the device did not end within {seconds} s: is `tombolo-wireguard serve --dir {}` running on this node?", directory.display())]
     Stays {
         /// Where devices are asked for.
         directory: PathBuf,

@@ -18,9 +18,9 @@ use rtnetlink::packet_route::route::{
 };
 use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
-use rtnetlink::sys::protocols::NETLINK_NETFILTER;
-use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
+use rtnetlink::sys::{AsyncSocket, Socket, SocketAddr};
 use serde::Serialize;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tombolo_agent_core::desired::{ROUTE_PROTOCOL, TABLE_IN, TABLE_OUT};
@@ -28,6 +28,7 @@ use tombolo_proto::model::{Family, Prefix};
 use tracing::{debug, warn};
 
 use crate::apply::Writes;
+use crate::apply::firewall::event::{self, Event};
 use crate::apply::link::address_of;
 use crate::apply::netlink::{Links, Netlink, NetlinkError, device_number};
 
@@ -39,12 +40,6 @@ const RETRY: Duration = Duration::from_millis(500);
 const MTU: u16 = 1500;
 /// Routes and addresses that are kept, at most; a node with full Internet tables has no business here.
 const MAX_ROUTES: usize = 100_000;
-/// `NFNLGRP_NFTABLES`
-const GROUP_NFTABLES: u32 = 7;
-/// `NFNL_SUBSYS_NFTABLES`
-const SUBSYSTEM_NFTABLES: u8 = 10;
-/// `NFTA_TABLE_NAME`, and the table's name in messages about what is in it.
-const TABLE_NAME: u16 = 1;
 /// Receive buffer of the multicast socket, bytes; when it overflows we hear of it and read everything.
 const BUFFER: usize = 1 << 20;
 
@@ -106,7 +101,7 @@ impl Monitor {
             let _handle = handle;
             watch.run(messages).await;
         });
-        match netfilter_socket() {
+        match event::open().and_then(AsyncFd::new) {
             Ok(socket) => {
                 tasks.spawn(watch_netfilter(socket, dirty.clone()));
             }
@@ -275,7 +270,8 @@ fn is_lasting(message: &AddressMessage) -> bool {
     let v6 = message.header.family == AddressFamily::Inet6;
     // IFA_F_SECONDARY means "temporary" for v6 (RFC 8981), and merely "not the first" for v4.
     let bad = AddressFlags::Deprecated | AddressFlags::Dadfailed | AddressFlags::Tentative;
-    !flags.intersects(bad) && !(v6 && flags.contains(AddressFlags::Secondary))
+    let bad = if v6 { bad | AddressFlags::Secondary } else { bad };
+    !flags.intersects(bad)
 }
 
 /// A unicast route of the main table.
@@ -364,19 +360,19 @@ fn underlay(links: &Links, addresses: &BTreeMap<u32, Vec<IpAddr>>, routes: &[Mai
     }
 }
 
-fn netfilter_socket() -> io::Result<TokioSocket> {
-    let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
-    socket.socket_mut().bind(&SocketAddr::new(0, 0))?;
-    socket.socket_mut().add_membership(GROUP_NFTABLES)?;
-    Ok(socket)
-}
-
 /// Tells when something in our nft table changed.
-async fn watch_netfilter(socket: TokioSocket, dirty: Arc<Notify>) {
+async fn watch_netfilter(socket: AsyncFd<Socket>, dirty: Arc<Notify>) {
     loop {
-        match socket.recv_from_full().await {
+        let received = match socket.readable().await {
+            Ok(mut ready) => match ready.try_io(|socket| socket.get_ref().recv_from_full()) {
+                Ok(received) => received,
+                Err(_) => continue,
+            },
+            Err(error) => Err(error),
+        };
+        match received {
             Ok((datagram, _)) => {
-                if names_our_table(&datagram) {
+                if event::events(&datagram).contains(&Event::Ours) {
                     dirty.notify_one();
                 }
             }
@@ -384,27 +380,6 @@ async fn watch_netfilter(socket: TokioSocket, dirty: Arc<Notify>) {
             Err(error) => return warn!("changes of nft tables by others are seen late: {error}"),
         }
     }
-}
-
-/// Whether a message about nft is about our table.
-fn names_our_table(mut datagram: &[u8]) -> bool {
-    // nlmsghdr: length u32, type u16, flags u16, sequence u32, port u32; nfgenmsg: 4 bytes; attributes.
-    while let [l0, l1, l2, l3, _, subsystem, ..] = *datagram {
-        let length = u32::from_ne_bytes([l0, l1, l2, l3]) as usize;
-        let Some(message) = datagram.get(..length).filter(|m| m.len() >= 20) else { return false };
-        let mut rest = &message[20..];
-        while let [a0, a1, k0, k1, ..] = *rest {
-            let size = usize::from(u16::from_ne_bytes([a0, a1]));
-            let kind = u16::from_ne_bytes([k0, k1]) & 0x3fff;
-            let Some(value) = rest.get(4..size) else { break };
-            if subsystem == SUBSYSTEM_NFTABLES && kind == TABLE_NAME && value == b"tombolo\0" {
-                return true;
-            }
-            rest = rest.get(size.next_multiple_of(4)..).unwrap_or_default();
-        }
-        datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or_default();
-    }
-    false
 }
 
 #[cfg(test)]
@@ -450,27 +425,5 @@ mod tests {
         assert_eq!((underlay.addresses.clone(), underlay.mtu), (expected, 1450));
         let owned = BTreeSet::from(["10.1.0.0/16".parse().unwrap()]);
         assert_eq!(underlay.pod_ranges(&owned), BTreeSet::from(["10.1.3.0/24".parse().unwrap()]));
-    }
-
-    #[test]
-    fn messages_about_our_table_are_told_from_others() {
-        let message = |subsystem: u8, table: &[u8]| {
-            let mut attribute = Vec::from((4 + table.len() as u16).to_ne_bytes());
-            attribute.extend(TABLE_NAME.to_ne_bytes());
-            attribute.extend(table);
-            attribute.resize(attribute.len().next_multiple_of(4), 0);
-            let mut message = Vec::from((20 + attribute.len() as u32).to_ne_bytes());
-            message.extend([0, subsystem]);
-            message.resize(20, 0);
-            message.extend(attribute);
-            message
-        };
-        let ours = message(SUBSYSTEM_NFTABLES, b"tombolo\0");
-        let other = message(SUBSYSTEM_NFTABLES, b"kube-proxy\0");
-        assert!(names_our_table(&ours) && names_our_table(&[other.clone(), ours.clone()].concat()));
-        assert!(!names_our_table(&other) && !names_our_table(&message(2, b"tombolo\0")));
-        for cut in 0..ours.len() {
-            assert!(!names_our_table(&ours[..cut]), "{cut}");
-        }
     }
 }

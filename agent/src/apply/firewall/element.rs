@@ -230,9 +230,9 @@ fn one_family(firewall: &Firewall, family: Family, all: &mut BTreeMap<String, El
     );
 
     let resolvers = firewall.resolvers.iter().copied().filter(ours);
-    put("resolver", addresses(resolvers.clone()));
+    put("resolver", addresses(resolvers));
     let vips = firewall.vips.iter().filter(|(vip, _)| ours(&vip.address));
-    put("claimed", addresses(vips.clone().map(|(vip, _)| vip.address).chain(resolvers)));
+    put("clusterset", nets(firewall.clusterset.iter().copied(), family));
 
     let (mut verdicts, mut backends, mut keeps) = (Elements::new(), Elements::new(), Elements::new());
     let mut identities = BTreeSet::new();

@@ -3,6 +3,7 @@
 //! script from its standard input.
 
 mod element;
+pub(crate) mod event;
 mod shape;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,6 +23,7 @@ use tombolo_agent_core::desired::Firewall;
 
 use super::{Action, ApplyError, Report, Subject, Writes};
 use element::{Column, Datum, Elements, Tuple};
+use event::Transactions;
 use shape::Shape;
 
 /// A table of 10,000 services takes 20 s.
@@ -76,6 +78,9 @@ pub struct Nft {
     program: PathBuf,
     shape: Shape,
     writes: Arc<Writes>,
+    transactions: Option<Transactions>,
+    /// What the table holds, as long as nobody else changes it.
+    known: Option<BTreeMap<String, Elements>>,
 }
 
 /// The table as it is.
@@ -98,13 +103,16 @@ struct Change {
 }
 
 impl Nft {
-    /// `program`: nft, or where it is.
+    /// `program`: nft, or where it is. Works in the network namespace of the calling thread.
     pub fn new(program: PathBuf, writes: Arc<Writes>) -> Self {
-        Self { program, shape: shape::shape(), writes }
+        let transactions = Transactions::new().inspect_err(|error| {
+            tracing::warn!("the nft table is listed each time: its changes are not told: {error}")
+        });
+        Self { program, shape: shape::shape(), writes, transactions: transactions.ok(), known: None }
     }
 
     /// Makes it so.
-    pub(super) async fn apply(&self, firewall: &Firewall) -> Report {
+    pub(super) async fn apply(&mut self, firewall: &Firewall) -> Report {
         let mut report = Report::default();
         if let Err(error) = self.try_apply(firewall, &mut report).await {
             report.fail(Subject::Firewall, ApplyError::Firewall(error));
@@ -112,24 +120,54 @@ impl Nft {
         report
     }
 
-    async fn try_apply(&self, firewall: &Firewall, report: &mut Report) -> Result<(), FirewallError> {
+    async fn try_apply(&mut self, firewall: &Firewall, report: &mut Report) -> Result<(), FirewallError> {
         let desired = element::desired(firewall);
-        let table = self.read().await?;
-        let existed = table.is_some();
-        let Some((table, actual)) = table.and_then(|table| Some((self.same_shape(&table)?, table))) else {
-            return self.replace(&desired, existed, report).await;
+        let untouched = self.transactions() == Some(0);
+        let (actual, affinity) = match self.known.take().filter(|_| untouched) {
+            Some(known) => (known, None),
+            None => {
+                let table = self.read().await?;
+                let existed = table.is_some();
+                match table.and_then(|table| Some((self.same_shape(&table)?, Some(table.affinity)))) {
+                    Some(read) => read,
+                    None => return self.replace(desired, existed, report).await,
+                }
+            }
         };
-        let changes = diff(&desired, &table);
-        if let Err(error) = self.change(&changes, report).await {
-            // What was listed may be gone; whatever it is, a whole new table is right.
-            tracing::warn!(%error, "elements could not be changed; the table is replaced");
-            return self.replace(&desired, true, report).await;
-        }
-        self.forget(&actual.affinity, &desired).await
+        let changes = diff(&desired, &actual);
+        let scripts = match self.change(&changes, report).await {
+            Ok(scripts) => scripts,
+            Err(error) => {
+                // What was listed may be gone; whatever it is, a whole new table is right.
+                tracing::warn!(%error, "elements could not be changed; the table is replaced");
+                return self.replace(desired, true, report).await;
+            }
+        };
+        let forgotten = match affinity {
+            Some(affinity) => self.forget(&affinity, &desired).await,
+            None if changes.iter().any(|change| loses_clients(change, &actual)) => {
+                let affinity = self.read_affinity().await?;
+                self.forget(&affinity, &desired).await
+            }
+            None => 0,
+        };
+        self.remember(desired, scripts + forgotten);
+        Ok(())
+    }
+
+    /// Transactions on our table since the last call.
+    fn transactions(&mut self) -> Option<u64> {
+        self.transactions.as_mut()?.count()
+    }
+
+    /// What we wrote in so many transactions is what is there, if there were no others.
+    fn remember(&mut self, elements: BTreeMap<String, Elements>, transactions: u64) {
+        self.known = (self.transactions() == Some(transactions)).then_some(elements);
     }
 
     /// Removes the table.
-    pub(super) async fn cleanup(&self) -> Report {
+    pub(super) async fn cleanup(&mut self) -> Report {
+        self.known = None;
         let mut report = Report::default();
         let result = match self.read().await {
             Ok(None) => return report,
@@ -142,7 +180,7 @@ impl Nft {
 
     /// Packets dropped, by counter.
     pub(super) async fn drops(&self) -> Result<BTreeMap<String, u64>, FirewallError> {
-        let Some(objects) = self.list(&["counters", "table"]).await? else { return Ok(BTreeMap::new()) };
+        let Some(objects) = self.list("counters table", None).await? else { return Ok(BTreeMap::new()) };
         let counters = objects.iter().filter_map(|object| {
             let counter = object.get("counter")?;
             Some((counter.get("name")?.as_str()?.to_owned(), counter.get("packets")?.as_u64()?))
@@ -163,23 +201,28 @@ impl Nft {
     }
 
     async fn replace(
-        &self,
-        desired: &BTreeMap<String, Elements>,
+        &mut self,
+        desired: BTreeMap<String, Elements>,
         existed: bool,
         report: &mut Report,
     ) -> Result<(), FirewallError> {
         let mut script =
             String::from("add table inet tombolo\ndelete table inet tombolo\nadd table inet tombolo\n");
         script.push_str(&self.shape.script);
-        for (set, elements) in desired {
+        for (set, elements) in &desired {
             render(&mut script, "add", set, elements);
         }
+        // Of what was attempted before, nothing counts.
+        let _ = self.transactions();
         self.write(script).await?;
+        self.remember(desired, 1);
         report.note(Subject::Firewall, if existed { Action::Changed } else { Action::Added }, Ok(()));
         Ok(())
     }
 
-    async fn change(&self, changes: &[Change], report: &mut Report) -> Result<(), FirewallError> {
+    /// In how many scripts.
+    async fn change(&self, changes: &[Change], report: &mut Report) -> Result<u64, FirewallError> {
+        let mut scripts = 0;
         for chunk in chunks(changes) {
             let mut script = String::new();
             for change in &chunk {
@@ -189,33 +232,48 @@ impl Nft {
                 render(&mut script, "add", &change.set, &change.add);
             }
             self.write(script).await?;
+            scripts += 1;
             for change in chunk {
                 report.note(Subject::Elements(change.set), Action::Changed, Ok(()));
             }
         }
-        Ok(())
+        Ok(scripts)
     }
 
-    /// Clients do not stay with a backend that went.
+    /// Clients do not stay with a backend that went. In how many scripts.
     async fn forget(
         &self,
         affinity: &BTreeMap<&'static str, Elements>,
         desired: &BTreeMap<String, Elements>,
-    ) -> Result<(), FirewallError> {
+    ) -> u64 {
+        let mut scripts = 0;
         for (name, elements) in stale(affinity, desired) {
             let mut script = String::new();
             render(&mut script, "delete", name, &elements);
             if self.write(script).await.is_ok() {
+                scripts += 1;
                 continue;
             }
             // One of them ended by itself meanwhile, and nft does all or nothing.
             for (key, value) in elements {
                 let mut script = String::new();
                 render(&mut script, "delete", name, &Elements::from([(key, value)]));
-                let _ = self.write(script).await;
+                scripts += u64::from(self.write(script).await.is_ok());
             }
         }
-        Ok(())
+        scripts
+    }
+
+    async fn read_affinity(&self) -> Result<BTreeMap<&'static str, Elements>, FirewallError> {
+        let mut table = Table::default();
+        for (name, ..) in AFFINITY {
+            for object in self.list("map", Some(name)).await?.unwrap_or_default() {
+                if let Some(map) = object.get("map") {
+                    self.read_set(map, &mut table);
+                }
+            }
+        }
+        Ok(table.affinity)
     }
 
     async fn write(&self, script: String) -> Result<(), FirewallError> {
@@ -224,7 +282,7 @@ impl Nft {
     }
 
     async fn read(&self) -> Result<Option<Table>, FirewallError> {
-        let Some(objects) = self.list(&["table"]).await? else { return Ok(None) };
+        let Some(objects) = self.list("table", None).await? else { return Ok(None) };
         let mut table = Table::default();
         let name = |object: &Value| object.get("name").and_then(Value::as_str).map(str::to_owned);
         for object in &objects {
@@ -252,9 +310,15 @@ impl Nft {
         }
     }
 
-    /// `nft -j list WHAT inet tombolo`; `None`: there is no such table.
-    async fn list(&self, what: &[&str]) -> Result<Option<Vec<Value>>, FirewallError> {
-        let arguments: Vec<&str> = [&["-j", "list"], what, &["inet", "tombolo"]].concat();
+    /// `nft -j list WHAT inet tombolo NAME`; `None`: there is no such thing.
+    async fn list(
+        &self,
+        what: &'static str,
+        name: Option<&'static str>,
+    ) -> Result<Option<Vec<Value>>, FirewallError> {
+        let what = what.split(' ');
+        let arguments: Vec<&str> =
+            ["-j", "list"].into_iter().chain(what).chain(["inet", "tombolo"]).chain(name).collect();
         let text = match self.run(&arguments, String::new()).await {
             Err(FirewallError::Refused(why)) if why.contains("No such file or directory") => return Ok(None),
             other => other?,
@@ -378,6 +442,20 @@ fn chunks(changes: &[Change]) -> Vec<Vec<Change>> {
         }
     }
     scripts.into_iter().map(|script| script.into_values().collect()).collect()
+}
+
+/// Whether clients may stay with what this change takes away.
+fn loses_clients(change: &Change, before: &BTreeMap<String, Elements>) -> bool {
+    let keep = match change.set.as_str() {
+        "backend4" | "keep4" => "keep4",
+        "backend6" | "keep6" => "keep6",
+        _ => return false,
+    };
+    let kept = before.get(keep);
+    change
+        .remove
+        .keys()
+        .any(|key| key.get(..3).is_some_and(|vip| kept.is_some_and(|kept| kept.contains_key(vip))))
 }
 
 /// What clients stay with that is no backend of a VIP with affinity any more, by map.

@@ -44,9 +44,7 @@ pub(super) struct Set {
 pub(super) struct Shape {
     /// Makes the table, without elements.
     pub script: String,
-    /// Name of an empty chain that tells which shape a table has.
-    pub marker: String,
-    /// Rules in each chain.
+    /// Rules in each chain; one chain is empty, and its name tells which shape a table has.
     pub rules: BTreeMap<String, usize>,
     /// What has elements of ours.
     pub sets: Vec<Set>,
@@ -111,17 +109,17 @@ pub(super) fn shape() -> Shape {
     let digest = digest::digest(&digest::SHA256, b.script.as_bytes());
     let marker = format!("shape_{}", data_encoding::HEXLOWER.encode(&digest.as_ref()[..8]));
     b.chain(&marker);
-    Shape { script: b.script, marker, rules: b.rules, sets: b.sets }
+    Shape { script: b.script, rules: b.rules, sets: b.sets }
 }
 
 fn sets(b: &mut Builder, f: &str, ip: &str, address: &str) {
     const TARGET: &[Column] = &[Column::Address, Column::Protocol, Column::Number];
     const BACKEND: &[Column] = &[Column::Address, Column::Protocol, Column::Number, Column::Number];
     let interval = format!("type {address}; flags interval");
-    for name in ["foreign", "own", "here", "open"] {
+    for name in ["foreign", "own", "here", "open", "clusterset"] {
         b.set(format!("{name}{f}"), &interval, &[Column::Net]);
     }
-    for name in ["echo", "tunnel", "resolver", "claimed"] {
+    for name in ["echo", "tunnel", "resolver"] {
         b.set(format!("{name}{f}"), &format!("type {address}"), &[Column::Address]);
     }
     let target = format!("{ip} daddr . meta l4proto . th dport");
@@ -200,7 +198,7 @@ fn source(b: &mut Builder) {
         b.rule(
             "hairpin",
             format!(
-                "ct status dnat ct original {ip} daddr @claimed{f} {ip} saddr @here{f} {ip} daddr @here{f} \
+                "ct status dnat ct original {ip} daddr @clusterset{f} {ip} saddr @here{f} {ip} daddr @here{f} \
                  snat {ip} to meta nfproto map @source{f}"
             ),
         );
@@ -320,7 +318,7 @@ fn service(b: &mut Builder) {
         let chain = format!("unclaimed_{hook}");
         b.hook(&chain, &format!("filter hook {hook} priority filter - 5"));
         for (f, ip) in FAMILIES {
-            b.rule(&chain, format!("{ip} daddr @claimed{f} goto refuse"));
+            b.rule(&chain, format!("{ip} daddr @clusterset{f} goto refuse"));
         }
     }
 }
@@ -335,8 +333,8 @@ mod tests {
     #[test]
     fn the_shape_is_one_and_the_same() {
         let (a, b) = (shape(), shape());
-        assert_eq!((&a.script, &a.marker), (&b.script, &b.marker));
-        assert_eq!(a.rules[&a.marker], 0);
+        assert_eq!((&a.script, &a.rules), (&b.script, &b.rules));
+        assert_eq!(a.rules.iter().filter(|(name, n)| name.starts_with("shape_") && **n == 0).count(), 1);
         assert_eq!(a.rules["admit4"], 6);
         assert!(a.sets.iter().any(|set| set.name == "backend6" && set.is_map));
     }
