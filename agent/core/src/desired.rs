@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 
+use ipnet::IpNet;
 use serde::Serialize;
 use tombolo_proto::model::{
     DeviceNumber, Endpoint, Family, NodeName, Prefix, Protocol, Record, RecordKey, Scope, WireguardKey,
@@ -141,6 +142,9 @@ pub struct Firewall {
     pub exported: BTreeSet<(IpAddr, Protocol, u16)>,
     /// ClusterSetIPs balanced here (a directory's); empty under Kubernetes.
     pub vips: BTreeMap<Vip, Balance>,
+    /// Where a directory's ClusterSetIPs come from. What nothing answers there is refused and never leaves the node,
+    /// also before a VIP is known and after it is gone.
+    pub clusterset: BTreeSet<IpNet>,
     /// Addresses on which pods ask for names; sent to [`DNS_PORT`] of this node.
     pub resolvers: BTreeSet<IpAddr>,
     /// MTU inside the tunnels, for clamping.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tombolo_proto::model::{Backends, ClusterId, Endpoint, Export, Namespace, NodeName, Position, Prefix};
 use tombolo_proto::trust;
 
@@ -35,6 +35,11 @@ pub struct ClustersetRanges {
 }
 
 impl ClustersetRanges {
+    /// The ranges.
+    pub fn nets(&self) -> impl Iterator<Item = IpNet> {
+        self.v4.map(IpNet::from).into_iter().chain(self.v6.map(IpNet::from))
+    }
+
     /// What pods ask for names, port 53: the first address of each range.
     pub fn resolvers(&self) -> impl Iterator<Item = IpAddr> {
         let v4 = self.v4.and_then(|net| net.hosts().next()).map(IpAddr::V4);

@@ -57,6 +57,7 @@ pub(crate) fn firewall(
         in_devices: devices(DeviceFamily::In),
         exported,
         vips: vip::vips(world, imports, slices, findings),
+        clusterset: world.clusterset.map(|ranges| ranges.nets().collect()).unwrap_or_default(),
         resolvers: world.clusterset.map(|ranges| ranges.resolvers().collect()).unwrap_or_default(),
         mtu: peer::mtu(world, findings),
         tunnel: claim.tunnel,
