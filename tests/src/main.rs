@@ -320,7 +320,7 @@ fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Demo => {
             if !Sandbox::inside() {
-                return outside("demo", false);
+                return outside(&format!("demo-{}", std::process::id()), false);
             }
             Sandbox::prepare()?;
             sandbox::catch_interrupts();
@@ -328,7 +328,7 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Measure(Measure::Propagation { rounds, json }) => {
             if !Sandbox::inside() {
-                return outside("measure", false);
+                return outside(&format!("measure-{}", std::process::id()), false);
             }
             Sandbox::prepare()?;
             sandbox::catch_interrupts();

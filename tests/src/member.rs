@@ -29,7 +29,32 @@ impl Lab {
             self.join(&cluster.id)?;
             self.start_agents(&cluster.id)?;
         }
-        self.wait_ready()
+        self.wait_ready()?;
+        self.wait_acquainted()
+    }
+
+    /// Waits until every node routes the pod ranges of every other cluster: until then it cannot know that they are
+    /// anybody's.
+    ///
+    /// # Errors
+    /// Which node does not know which cluster.
+    pub fn wait_acquainted(&self) -> Result<()> {
+        for node in self.topology().nodes() {
+            let place = self.place(&node.name)?;
+            wait_until("clusters to know each other", READY, || {
+                let mut routes = place.capture(&["ip", "route", "show", "table", "4510"])?;
+                routes += &place.capture(&["ip", "-6", "route", "show", "table", "4510"])?;
+                for cluster in self.topology().clusters.iter().filter(|c| c.id != node.cluster) {
+                    for range in [cluster.pods4.to_string(), cluster.pods6.to_string()] {
+                        let known = routes.contains(&format!("unreachable {range} "));
+                        ensure!(known, "{} does not know {range} of {}", node.name, cluster.id);
+                    }
+                }
+                Ok(())
+            })
+            .with_context(|| self.tail(&node.name, "agent"))?;
+        }
+        Ok(())
     }
 
     /// `tombolo init`: the lab is the administrator.

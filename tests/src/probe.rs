@@ -54,7 +54,7 @@ impl Stop {
 
 /// Any probe's report.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase", tag = "probe")]
+#[serde(rename_all = "lowercase")]
 pub enum Report {
     /// Of [`udp`].
     Udp(UdpReport),
