@@ -226,7 +226,7 @@ fn rejoining(
         set.brokers = Some(invitation.brokers.envelope().clone());
     }
     set.roots = roots.envelopes().cloned().collect();
-    apply_settings(&mut set, args)?;
+    apply_settings(&mut set, directory, args)?;
     judge_ranges(&set.clusterset, &set.reserved, grant)?;
     Ok(Again::Newer(Box::new(Joining { set, roots })))
 }
@@ -240,13 +240,16 @@ fn same(
     args: &Join,
 ) -> Result<()> {
     let mut set = known.value.clone();
-    apply_settings(&mut set, args)?;
+    apply_settings(&mut set, directory, args)?;
     judge_ranges(&set.clusterset, &set.reserved, &invitation.grant)?;
     let changed = set != known.value;
     if changed {
         let runtime = tokio::runtime::Builder::new_current_thread().build().context("no runtime")?;
         runtime.block_on(directory.write_clusterset(&set, Some(&known.version)))?;
     }
+    let ranges = [set.clusterset.v4.map(IpNet::V4), set.clusterset.v6.map(IpNet::V6)];
+    let ranges: Vec<String> = ranges.into_iter().flatten().map(|net| net.to_string()).collect();
+    let ranges = ranges.join(", ");
     let joined = Joined::of(&set, invitation, directory, changed);
     printer.print("Membership", &joined, |_| {
         format!(
@@ -256,7 +259,7 @@ fn same(
             joined.set_name,
             joined.serial,
             if changed {
-                format!("reach is now {}", word(joined.reach))
+                format!("its settings were changed: reach {}, ClusterSetIPs {ranges}", word(joined.reach))
             } else {
                 "nothing was changed".to_owned()
             }
@@ -265,13 +268,14 @@ fn same(
 }
 
 /// What the command line says beside the token. ClusterSetIPs that are given out do not move.
-fn apply_settings(set: &mut ClusterSet, args: &Join) -> Result<()> {
-    let other = |asked: Option<IpNet>, held: Option<IpNet>| asked.is_some_and(|a| held != Some(a));
-    if other(args.clusterset_v4.map(IpNet::V4), set.clusterset.v4.map(IpNet::V4))
-        || other(args.clusterset_v6.map(IpNet::V6), set.clusterset.v6.map(IpNet::V6))
-    {
+fn apply_settings(set: &mut ClusterSet, directory: &Directory, args: &Join) -> Result<()> {
+    let held = set.clusterset;
+    set.clusterset.v4 = args.clusterset_v4.or(held.v4);
+    set.clusterset.v6 = args.clusterset_v6.or(held.v6);
+    let in_use = directory.read().imports.get().is_none_or(|imports| !imports.is_empty());
+    if set.clusterset != held && in_use {
         bail!(
-            "the range of ClusterSetIPs cannot be changed while the cluster is a member: addresses are in use"
+            "the range of ClusterSetIPs cannot be changed while services are imported: addresses are in use"
         );
     }
     if let Some(reach) = args.reach {
