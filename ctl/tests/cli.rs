@@ -221,9 +221,14 @@ fn joining_twice_loses_nothing() {
     );
 
     let changed = bench.run_with("join - --cluster-dir c --reach exports", &token).ok();
-    assert!(changed.contains("reach is now exports"), "{changed}");
+    assert!(changed.contains("settings were changed: reach exports"), "{changed}");
+    let moved = bench.run_with("join - --cluster-dir c --clusterset-v4 198.18.201.0/24", &token).ok();
+    assert!(moved.contains("ClusterSetIPs 198.18.201.0/24"), "{moved}");
+    let imports = bench.path("c/state/serviceimports.multicluster.x-k8s.io/production");
+    fs::create_dir_all(&imports).unwrap();
+    fs::write(imports.join("shop.json"), IMPORT).unwrap();
     let line = "join - --cluster-dir c --clusterset-v4 198.18.200.0/24";
-    bench.refuses_with(line, &token, 1, &["cannot be changed while the cluster is a member"]);
+    bench.refuses_with(line, &token, 1, &["cannot be changed while services are imported"]);
 
     // A newer grant, with another range: the same key, the same tunnel range.
     let key = bench.run("key --cluster-dir c").ok();

@@ -62,7 +62,8 @@ pub(super) fn ranges(lines: &mut Lines, observed: &Observed, verified: &Members)
             let message = format!("{} overlaps this cluster's range of ClusterSetIPs {range}", clash.what);
             lines.add("ranges", "ClusterSetIPs", Verdict::Failure, message);
             lines.remedy(&[
-                "join with another --clusterset-v4 or --clusterset-v6, before services are imported",
+                "while nothing is imported yet: tombolo join @TOKEN (the same) --clusterset-v4 or --clusterset-v6 CIDR",
+                "else give that link or route another range",
             ]);
         }
     }
