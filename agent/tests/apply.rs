@@ -1,5 +1,8 @@
 //! The appliers on a real kernel, each test in a network namespace of its own. Needs root, `ip` and `nft`.
 
+// Helpers of tests are tests too.
+#![allow(clippy::unwrap_used, clippy::unwrap_in_result)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -521,6 +524,8 @@ fn a_link_of_our_name_that_is_not_ours_is_left_alone() {
     });
 }
 
+type Step<'a> = Box<dyn Fn(&mut Firewall) + 'a>;
+
 #[test]
 fn firewall_data_changes_by_element() {
     in_namespace(|| async {
@@ -538,7 +543,7 @@ fn firewall_data_changes_by_element() {
         let first = handle();
         let many: Vec<String> = (0..100).map(|i| format!("10.2.3.{i}:80")).collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
-        let steps: Vec<Box<dyn Fn(&mut Firewall)>> = vec![
+        let steps: Vec<Step> = vec![
             Box::new(|f| f.reach = Reach::All),
             Box::new(|f| f.remote.extend([prefix("10.3.0.0/16")])),
             // Overlaps, and a range that grows over the one that was there.

@@ -18,9 +18,9 @@ use rtnetlink::packet_route::route::{
 };
 use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
-use rtnetlink::sys::{AsyncSocket, Socket, SocketAddr};
+use rtnetlink::sys::protocols::NETLINK_NETFILTER;
+use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
 use serde::Serialize;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tombolo_agent_core::desired::{ROUTE_PROTOCOL, TABLE_IN, TABLE_OUT};
@@ -101,7 +101,7 @@ impl Monitor {
             let _handle = handle;
             watch.run(messages).await;
         });
-        match event::open().and_then(AsyncFd::new) {
+        match netfilter_socket() {
             Ok(socket) => {
                 tasks.spawn(watch_netfilter(socket, dirty.clone()));
             }
@@ -360,17 +360,16 @@ fn underlay(links: &Links, addresses: &BTreeMap<u32, Vec<IpAddr>>, routes: &[Mai
     }
 }
 
+fn netfilter_socket() -> io::Result<TokioSocket> {
+    let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
+    event::join(socket.socket_mut())?;
+    Ok(socket)
+}
+
 /// Tells when something in our nft table changed.
-async fn watch_netfilter(socket: AsyncFd<Socket>, dirty: Arc<Notify>) {
+async fn watch_netfilter(socket: TokioSocket, dirty: Arc<Notify>) {
     loop {
-        let received = match socket.readable().await {
-            Ok(mut ready) => match ready.try_io(|socket| socket.get_ref().recv_from_full()) {
-                Ok(received) => received,
-                Err(_) => continue,
-            },
-            Err(error) => Err(error),
-        };
-        match received {
+        match socket.recv_from_full().await {
             Ok((datagram, _)) => {
                 if event::events(&datagram).contains(&Event::Ours) {
                     dirty.notify_one();

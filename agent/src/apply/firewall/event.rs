@@ -18,15 +18,12 @@ const TABLE_NAME: u16 = 1;
 /// Receive buffer, bytes: a transaction on 100,000 elements. When it overflows we hear of it.
 const BUFFER: usize = 32 << 20;
 
-/// Opens a socket that is told of all transactions in this network namespace.
-pub(crate) fn open() -> io::Result<Socket> {
-    let mut socket = Socket::new(NETLINK_NETFILTER)?;
+/// Makes a new socket of [`NETLINK_NETFILTER`] be told of all transactions in its network namespace.
+pub(crate) fn join(socket: &mut Socket) -> io::Result<()> {
     socket.bind(&SocketAddr::new(0, 0))?;
     // Less is enough, only not always.
-    let _ = setsockopt(&socket, sockopt::RcvBufForce, &BUFFER);
-    socket.add_membership(GROUP)?;
-    socket.set_non_blocking(true)?;
-    Ok(socket)
+    let _ = setsockopt(socket, sockopt::RcvBufForce, &BUFFER);
+    socket.add_membership(GROUP)
 }
 
 /// One thing told.
@@ -76,7 +73,10 @@ pub(super) struct Transactions {
 
 impl Transactions {
     pub(super) fn new() -> io::Result<Self> {
-        Ok(Self { socket: open()?, open: false })
+        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        join(&mut socket)?;
+        socket.set_non_blocking(true)?;
+        Ok(Self { socket, open: false })
     }
 
     /// How many ended since the last call; `None`: unknown.
