@@ -319,6 +319,75 @@ fn a_restarted_member_learns_how_far_it_had_spoken() {
     assert!(link.sessions[0].is_synced(&member.replica));
 }
 
+/// A reader whose session with a broker was stopped just before the chunk that completes a statement.
+fn before_the_chunk() -> (Member, Replica, Member, Link, Message) {
+    let (member, mut broker, _) = pair();
+    let mut reader = Member::new("west", 2);
+    reader.replica = Replica::new(roots(), interest(0b10)).with_own(reader.id());
+    assert_eq!(reader.replica.offer_documents(&reader.documents()), []);
+    let mut link = Link::new(reader.introduction(), Introduction::default());
+    loop {
+        while let Some(message) = link.sessions[0].poll_transmit(&reader.replica) {
+            link.sessions[1].handle_message(&mut broker, message).unwrap();
+        }
+        let message = link.sessions[1].poll_transmit(&broker).expect("it comes to the chunk");
+        if matches!(message, Message::Chunk(_)) {
+            return (member, broker, reader, link, message);
+        }
+        link.sessions[0].handle_message(&mut reader.replica, message).unwrap();
+    }
+}
+
+#[test]
+fn what_comes_late_by_one_way_does_not_undo_the_other() {
+    let (mut member, mut broker, mut reader, mut link, chunk) = before_the_chunk();
+    assert!(reader.replica.origin(&member.id()).is_none(), "nothing counts before it is whole");
+    member.set(scope(1), record(1, 2, 3));
+    member.publish();
+    let mut way = Link::new(member.introduction(), Introduction::default());
+    talk(&mut member.replica, &mut broker, &mut way);
+    let mut other = Link::new(reader.introduction(), Introduction::default());
+    talk(&mut reader.replica, &mut broker, &mut other);
+    let newest = (member.position, member.records.clone());
+    assert_eq!(held(&reader.replica, &member.id()).unwrap(), newest);
+    link.sessions[0].handle_message(&mut reader.replica, chunk).unwrap();
+    assert_eq!(held(&reader.replica, &member.id()).unwrap(), newest);
+}
+
+#[test]
+fn a_broker_that_is_behind_is_asked_again() {
+    let (mut member, mut behind, mut way) = pair();
+    let mut reader = Member::new("west", 2);
+    reader.replica = Replica::new(roots(), interest(0)).with_own(reader.id());
+    assert_eq!(reader.replica.offer_documents(&reader.documents()), []);
+    let mut slow = Link::new(reader.introduction(), Introduction::default());
+    talk(&mut reader.replica, &mut behind, &mut slow);
+    // Its reader hears the next statement from elsewhere, and only then wants the records.
+    member.set(scope(1), record(1, 2, 3));
+    member.publish();
+    let mut ahead = Replica::new(roots(), Interest::All);
+    for side in [&mut member, &mut reader] {
+        let mut link = Link::new(side.introduction(), Introduction::default());
+        talk(&mut side.replica, &mut ahead, &mut link);
+    }
+    assert_eq!(held(&reader.replica, &member.id()).unwrap().0, member.position);
+    reader.replica.set_interest(interest(0b10));
+    talk(&mut reader.replica, &mut behind, &mut slow);
+    assert!(!reader.replica.is_complete(&member.id()), "what it has is of another position");
+    talk(&mut member.replica, &mut behind, &mut way);
+    talk(&mut reader.replica, &mut behind, &mut slow);
+    assert_eq!(held(&reader.replica, &member.id()).unwrap().1, member.records);
+}
+
+#[test]
+fn what_is_no_longer_wanted_is_not_held() {
+    let (member, _, mut reader, mut link, chunk) = before_the_chunk();
+    reader.replica.set_interest(interest(0));
+    link.sessions[0].handle_message(&mut reader.replica, chunk).unwrap();
+    let (position, records) = held(&reader.replica, &member.id()).unwrap();
+    assert_eq!((position, records.len()), (member.position, 0));
+}
+
 #[test]
 fn forks_older_lists_and_strangers_are_refused() {
     let (member, mut broker, _) = pair();

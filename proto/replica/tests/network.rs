@@ -107,6 +107,9 @@ impl Network {
             if let Some((position, records)) = held(replica, &member.id()) {
                 let said = &member.said[&position];
                 assert!(records.iter().all(|(s, r)| said.get(s) == Some(r)), "{name} holds what nobody said");
+                let own = replica.own() == Some(&member.id());
+                let asked = |scope| own || replica.interest().wants(scope);
+                assert!(records.keys().all(asked), "{name} holds what it does not want");
             }
         }
     }
