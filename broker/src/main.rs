@@ -30,7 +30,7 @@ struct Arguments {
     /// File with the broker's Ed25519 seed in base64, mode 0600
     #[arg(long, env = "TOMBOLO_BROKER_IDENTITY")]
     identity: PathBuf,
-    /// The set file (set.pb.b64)
+    /// The set file (broker.set)
     #[arg(long, env = "TOMBOLO_BROKER_SET")]
     set: PathBuf,
     /// Health, metrics and debugging over plain HTTP: /healthz, /readyz?verbose, /metrics, /debug/origins

@@ -322,7 +322,7 @@ fn what_cannot_be_used_is_refused_in_one_line() {
     std::fs::set_permissions(path("identity"), std::fs::Permissions::from_mode(0o644)).unwrap();
     assert!(run().contains("chmod 600"));
     write_files(directory.path());
-    std::fs::write(path("set.pb.b64"), "tombolo1.abc").unwrap();
+    std::fs::write(path("broker.set"), "tombolo1.abc").unwrap();
     assert!(run().contains("tombolo init"));
     write_files(directory.path());
     std::fs::create_dir(path("data")).unwrap();

@@ -278,7 +278,7 @@ pub fn write_files(directory: &Path) {
     let identity = directory.join("identity");
     std::fs::write(&identity, data_encoding::BASE64.encode(&**key(BROKER).seed())).unwrap();
     std::fs::set_permissions(&identity, std::fs::Permissions::from_mode(0o600)).unwrap();
-    std::fs::write(directory.join("set.pb.b64"), set_file().to_text()).unwrap();
+    std::fs::write(directory.join("broker.set"), set_file().to_text()).unwrap();
 }
 
 pub fn command(directory: &Path, data: &str) -> Command {
@@ -289,7 +289,7 @@ pub fn command(directory: &Path, data: &str) -> Command {
         .arg("--identity")
         .arg(directory.join("identity"))
         .arg("--set")
-        .arg(directory.join("set.pb.b64"));
+        .arg(directory.join("broker.set"));
     command
 }
 

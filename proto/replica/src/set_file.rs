@@ -6,7 +6,7 @@ use tombolo_proto::pb;
 use tombolo_proto::trust::{Brokers, RootChain, TrustError, Verified};
 use tombolo_proto::wire::{self, Documents, WireError};
 
-/// A set's roots and brokers, verified: `tombolo init` writes it as `set.pb.b64`, a broker starts from it. It
+/// A set's roots and brokers, verified: `tombolo init` writes it as `broker.set`, a broker starts from it. It
 /// holds no secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SetFile {
