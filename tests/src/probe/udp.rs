@@ -130,6 +130,8 @@ mod tests {
         let report = udp(&pace, &Stop::default()).unwrap();
         assert!(report.sent >= 250, "{report:?}");
         assert_eq!(report.lost, report.sent / 10, "{report:?}");
-        assert_eq!((report.lost_out, report.duplicated), (0, 1), "{report:?}");
+        assert_eq!(report.duplicated, 1, "{report:?}");
+        // If the very last packet is one that is not echoed, no later echo tells that it had arrived.
+        assert!(report.lost_out <= 1, "{report:?}");
     }
 }
