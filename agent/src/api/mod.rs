@@ -98,7 +98,7 @@ pub enum Error {
     },
     /// The directory is not there, or not one of ours.
     #[error(
-        "{path} is not a cluster's directory ({problem}); `tombolo join --directory {path} ...` makes one"
+        "{path} is not a cluster's directory ({problem}); `tombolo join --cluster-dir {path} ...` makes one"
     )]
     NotADirectory {
         /// Which.

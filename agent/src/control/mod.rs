@@ -32,7 +32,7 @@ pub async fn run(
     stop: CancellationToken,
 ) -> Result<()> {
     let name = config.node_name()?;
-    let api: Arc<dyn ClusterApi> = Arc::new(Directory::open(&config.cluster_dir)?);
+    let api: Arc<dyn ClusterApi> = Arc::new(Directory::open(&config.cluster_dir)?.remembering(&config.state_dir));
     let mut tasks = tokio::task::JoinSet::new();
     // Dropped at the end: the resolver answers as long as the loops run.
     let mut resolver = None;

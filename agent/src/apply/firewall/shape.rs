@@ -240,6 +240,12 @@ fn reach(b: &mut Builder) {
             "reach_forward",
             format!("{ip} saddr @foreign{f} {ip} daddr != @own{f} counter name reach_dropped drop"),
         );
+        // Nor in clear: a gateway that does not know a cluster yet gets its own nodes' packets for it, and would send
+        // them by the default route.
+        b.rule(
+            "reach_forward",
+            format!("oifname != \"tombolo*\" {ip} daddr != @own{f} counter name clear_dropped drop"),
+        );
         b.rule("reach_input", format!("{ip} saddr @foreign{f} goto admit{f}"));
     }
 }
