@@ -399,6 +399,18 @@ mod tests {
     }
 
     #[test]
+    fn a_write_counts_from_when_it_was_begun() {
+        let mut store = Store::default();
+        let mut a = Lease::new("a", Timing::DIRECTORY);
+        store.run(&mut a, ms(0));
+        let renew = a.poll(ms(500), UNIX).unwrap();
+        // It is done at once, but the answer takes 1.4 s: others count from the former, so the leader must too.
+        store.act(&mut a, renew, ms(1900));
+        assert!(a.epoch(ms(2499)).is_some());
+        assert!(a.epoch(ms(2500)).is_none());
+    }
+
+    #[test]
     fn a_new_process_of_the_holder_does_not_wait_and_takes_a_new_epoch() {
         let mut store = Store::default();
         let mut old = Lease::new("a", Timing::KUBERNETES);

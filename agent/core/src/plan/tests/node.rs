@@ -273,23 +273,25 @@ fn any_endpoint() -> impl Strategy<Value = Endpoint> {
         ])
         .prop_map(net)
     };
-    let device = (0_u8..8, prop::sample::select(vec![1_u8, 2, 3, 4, 5, 6]), 1_u16..4)
-        .prop_map(|(n, key, port)| (number(n), Device { key: WireguardKey([key; 32]), port }));
     let candidate =
         prop::sample::select(vec!["192.0.2.1", "10.1.2.3", "2001:db8::1", "198.18.1.1"]).prop_map(ip);
     let tunnel = (0_u8..4, 0_u8..4);
     (
-        0_u8..4,
-        prop::collection::btree_map(0_u8..8, device, 4..9),
+        prop::sample::select(vec![0_u8, 0, 0, 0, 1, 2, 3]),
+        (prop::collection::vec(1_u8..40, 8), prop::option::weighted(0.1, 0_u8..8)),
         prop::collection::vec(candidate, 0..4),
         prop::option::of(tunnel.clone()),
         prop::option::of(tunnel),
-        prop::collection::btree_set(prefixes(), 0..5),
+        prop::collection::btree_set(prefixes(), 1..6),
     )
         .prop_map(|(rank, devices, candidates, v4, v6, prefixes)| Endpoint {
             node: node("x"),
             rank: Rank::new(rank).unwrap(),
-            devices: devices.into_values().collect(),
+            devices: (0..8)
+                .zip(devices.0)
+                .filter(|(n, _)| Some(*n) != devices.1)
+                .map(|(n, key)| (number(n), Device { key: WireguardKey([key; 32]), port: 4510 }))
+                .collect(),
             candidates,
             tunnel_v4: v4.map(|(c, h)| format!("198.18.{c}.{h}").parse().unwrap()),
             tunnel_v6: v6.map(|(c, h)| format!("fd00:18:{c}::{h}").parse().unwrap()),
@@ -299,7 +301,7 @@ fn any_endpoint() -> impl Strategy<Value = Endpoint> {
 }
 
 fn any_member(number: u8) -> impl Strategy<Value = MemberNodes> {
-    prop::collection::btree_map("n[0-5]", any_endpoint(), 0..6).prop_map(move |nodes| MemberNodes {
+    prop::collection::btree_map("n[0-4]", any_endpoint(), 4..6).prop_map(move |nodes| MemberNodes {
         owned: owned(number),
         tunnel: tunnel(number),
         nodes: nodes.into_iter().map(|(n, e)| (node(&n), Endpoint { node: node(&n), ..e })).collect(),
@@ -341,8 +343,16 @@ fn any_slices() -> impl Strategy<Value = BTreeMap<SliceKey, Slice>> {
 }
 
 fn any_world() -> impl Strategy<Value = NodeWorld> {
-    (any_member(1), any_member(2), any_member(3), "n[0-5]", any_slices(), any::<(bool, bool)>()).prop_map(
-        |(eu, us, as_, name, slices, (here, v4))| {
+    (
+        any_member(1),
+        any_member(2),
+        any_member(3),
+        "n[0-4]",
+        any_slices(),
+        prop::bool::weighted(0.95),
+        any::<bool>(),
+    )
+        .prop_map(|(eu, us, as_, name, slices, here, v4)| {
             let mut members = BTreeMap::from([(id("us"), us), (id("as"), as_)]);
             if here {
                 members.insert(id("eu"), eu);
@@ -358,8 +368,7 @@ fn any_world() -> impl Strategy<Value = NodeWorld> {
                 underlay: if v4 { [Family::V4].into() } else { Family::ALL.into() },
                 ..world(&name)
             }
-        },
-    )
+        })
 }
 
 fn ranges_of(
