@@ -308,10 +308,16 @@ impl Appliers {
     /// new device before its routes are there would otherwise leave in clear by the default route.
     pub async fn apply(&mut self, desired: &NodeDesired) -> Report {
         let mut report = Report::default();
+        // Without its firewall a node opens no tunnel and no way: it would let everything in.
+        let mut guarded = true;
         if let Some(firewall) = desired.firewall.get() {
-            report.extend(self.nft.apply(firewall).await);
+            let applied = self.nft.apply(firewall).await;
+            guarded = applied.is_clean();
+            report.extend(applied);
         }
-        if let Some(devices) = desired.devices.get() {
+        if let Some(devices) = desired.devices.get()
+            && guarded
+        {
             self.add_devices(devices, &mut report).await;
         }
         let mut routes = None;

@@ -233,8 +233,25 @@ fn reach(b: &mut Builder) {
     b.hook("reach_input", "filter hook input priority filter - 5");
     b.rule("reach_input", "iifname != \"tombolo*\" accept");
     for (f, ip) in FAMILIES {
+        // Of a cluster that was just revoked, while its peer is still there.
+        for chain in ["reach_forward", "reach_input"] {
+            b.rule(
+                chain,
+                format!("iifname @out_devices {ip} saddr != @foreign{f} counter name reach_dropped drop"),
+            );
+        }
         b.rule("reach_forward", format!("{ip} saddr @open{f} {ip} daddr @here{f} accept"));
         b.rule("reach_forward", format!("{ip} saddr @foreign{f} {ip} daddr @here{f} goto admit{f}"));
+        // To own pods of other nodes by a tunnel, whose far end judges. Past it only under reach `all`: a flat network's
+        // nodes, and pods that no node is known to have.
+        b.rule(
+            "reach_forward",
+            format!("oifname != \"tombolo*\" {ip} saddr @open{f} {ip} daddr @own{f} accept"),
+        );
+        b.rule(
+            "reach_forward",
+            format!("oifname != \"tombolo*\" {ip} saddr @foreign{f} counter name reach_dropped drop"),
+        );
         // Neither through this cluster to elsewhere.
         b.rule(
             "reach_forward",
