@@ -1,7 +1,7 @@
 //! The lab: clusters, nodes, gateways and pods as namespaces of one Linux machine, with the real programs inside and
 //! faults on demand. For trying, for the project's end-to-end tests, and for drills.
 //!
-//! A test is one function that hands its story to [`scenario`]; inside, [`Lab::build`] makes the world of a
+//! A test is one function that hands its story to [`scenario()`]; inside, [`Lab::build`] makes the world of a
 //! [`Topology`], and dropping everything (or SIGKILL) leaves nothing behind.
 #![deny(unsafe_code)]
 

@@ -56,11 +56,11 @@ impl Stop {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Report {
-    /// Of [`udp`].
+    /// Of [`udp()`].
     Udp(UdpReport),
-    /// Of [`tcp`].
+    /// Of [`tcp()`].
     Tcp(TcpReport),
-    /// Of [`dns`].
+    /// Of [`dns()`].
     Dns(DnsReport),
 }
 

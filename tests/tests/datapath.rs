@@ -38,6 +38,7 @@ fn data_path_in_flat_networks() {
         let flat = TWO.replace("    pod_cidrs", "    flat: true\n    pod_cidrs");
         let (lab, hand) = start(&program::find("tombolo-wireguard")?, &flat)?;
         let watch = lab.watch_wire()?;
+        tunnels(&lab)?;
         lab.everybody_reaches_everybody()?;
         for node in lab.topology().nodes() {
             let strict = [("ipv4/conf/eth0/rp_filter", "1"), ("ipv4/conf/eth0/src_valid_mark", "1")];
@@ -65,6 +66,7 @@ fn a_foreign_drop_is_cured_by_the_stated_lines() {
                 }
             }
         }
+        tunnels(&lab)?;
         lab.everybody_reaches_everybody()
     });
 }
@@ -72,6 +74,7 @@ fn a_foreign_drop_is_cured_by_the_stated_lines() {
 fn story(device: &str, topology: &str) -> Result<()> {
     let (lab, hand) = start(device, topology)?;
     let watch = lab.watch_wire()?;
+    tunnels(&lab)?;
     lab.everybody_reaches_everybody()?;
     nodes_reach_pods_and_tunnel_addresses(&lab)?;
     a_smaller_mtu_behind_the_gateway_is_told(&lab)?;
@@ -193,6 +196,22 @@ fn nothing_in_clear_without_tunnels(lab: &Lab, hand: &Hand) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A first handshake that met a device not yet configured is repeated after five seconds: waits until every tunnel
+/// has carried something.
+fn tunnels(lab: &Lab) -> Result<()> {
+    wait_until("tunnels", Duration::from_secs(20), || {
+        let pods: Vec<_> = lab.topology().pods().collect();
+        for (from, to) in pods.iter().flat_map(|a| pods.iter().map(move |b| (a, b))) {
+            if from.cluster != to.cluster {
+                let echo = lab.ping(&from.name, to.v4.into(), Duration::from_millis(500))?;
+                ensure!(echo.is_answered(), "{} pings {}: {echo:?}", from.name, to.name);
+            }
+        }
+        Ok(())
+    })
+    .map(drop)
 }
 
 /// An agent's work by hand.
