@@ -11,6 +11,7 @@ use tombolo_agent_core::object::{
 use tombolo_agent_core::world::{ClustersetRanges, Reach};
 use tombolo_proto::model::{ClusterId, Namespace, NodeName, Prefix, Record, RecordKey};
 use tombolo_proto::trust::{Digest, Envelope, SetId};
+use tombolo_proto::wire::MembershipParts;
 
 /// All objects of the cluster, parsed. What is signed is not verified yet: that is the reader's.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -49,10 +50,12 @@ pub struct Observed {
 /// tombolo.dev Member: a cluster's right to speak and the last that it said, as envelopes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Member {
-    /// Its grant.
+    /// Its newest grant: what it owns.
     pub grant: Envelope,
-    /// Its bindings 0, 1, ...
+    /// The newest grant's bindings 0, 1, ...
     pub bindings: Vec<Envelope>,
+    /// The older membership that `statement` was given under; none if that is the newest.
+    pub spoken: Option<MembershipParts>,
     /// The statement that its [`Observed::member_nodes`] fit; none before it has spoken.
     pub statement: Option<Envelope>,
     /// Hash over the leaves of the namespaces under that statement: with it and the records of `nodes` the

@@ -331,6 +331,7 @@ impl Controller {
             let member = Member {
                 grant: membership.grant().envelope().clone(),
                 bindings: membership.bindings().iter().map(|b| b.envelope().clone()).collect(),
+                spoken: None,
                 statement: Some(state.statement().envelope().clone()),
                 namespaces: Some(state.namespaces_hash()),
             };

@@ -108,8 +108,13 @@ pub(super) fn join(printer: &Printer, args: &Join) -> Result<()> {
     // Again, by the newest roots that are known here.
     Membership::verify(&joining.roots, invitation.grant.envelope(), &bindings)
         .context("the token is older than the set's present root keys; ask the administrator for another")?;
-    let member =
-        Member { grant: invitation.grant.envelope().clone(), bindings, statement: None, namespaces: None };
+    let member = Member {
+        grant: invitation.grant.envelope().clone(),
+        bindings,
+        spoken: None,
+        statement: None,
+        namespaces: None,
+    };
     directory.join(&joining.set, &key, &member)?;
     let joined = Joined::of(&joining.set, &invitation, &directory, true);
     printer.print("Membership", &joined, |_| {

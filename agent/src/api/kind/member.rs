@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
 use tombolo_proto::model::{ClusterId, Record, RecordKey};
-use tombolo_proto::trust::{Digest, Membership};
-use tombolo_proto::wire;
+use tombolo_proto::trust::{Digest, Envelope, Membership};
+use tombolo_proto::wire::{self, MembershipParts};
 
 use super::{Kind, ObjectId, Problem, bad, envelope_text, own_meta, read_envelope};
 use crate::api::observed::Member;
@@ -28,6 +28,9 @@ pub struct MemberSpec {
     pub grant: String,
     /// Envelopes in base64, generations 0, 1, ...
     pub bindings: Vec<String>,
+    /// What the statement was given under, if that is not the grant above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spoken: Option<SpokenSpec>,
     /// Envelope in base64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub statement: Option<String>,
@@ -37,6 +40,15 @@ pub struct MemberSpec {
     /// Of the statement, for people only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub position: Option<String>,
+}
+
+/// An older membership, still spoken under.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+pub struct SpokenSpec {
+    /// Envelope in base64.
+    pub grant: String,
+    /// Envelopes in base64, generations 0, 1, ...
+    pub bindings: Vec<String>,
 }
 
 /// `spec` of a MemberNodes: a shard of the records of a cluster's scope `nodes`.
@@ -95,6 +107,10 @@ pub fn write(cluster: &ClusterId, member: &Member) -> Result<MemberResource, Pro
     let spec = MemberSpec {
         grant: envelope_text(&member.grant),
         bindings: member.bindings.iter().map(envelope_text).collect(),
+        spoken: member.spoken.as_ref().map(|spoken| SpokenSpec {
+            grant: envelope_text(&spoken.grant),
+            bindings: spoken.bindings.iter().map(envelope_text).collect(),
+        }),
         statement: member.statement.as_ref().map(envelope_text),
         namespaces_hash: member.namespaces.map(|digest| data_encoding::HEXLOWER.encode(&digest.0)),
         position,
@@ -107,9 +123,18 @@ pub fn read(object: &MemberResource) -> Result<(ClusterId, Member), Problem> {
     let cluster = ClusterId::new(object.metadata.name.as_deref().unwrap_or(""))
         .map_err(|e| bad(format!("metadata.name: {e}")))?;
     let spec = &object.spec;
-    if spec.bindings.len() > Membership::MAX_BINDINGS {
-        return Err(bad("spec.bindings has too many entries"));
-    }
+    let bindings = |field: &str, list: &[String]| -> Result<Vec<Envelope>, Problem> {
+        if list.len() > Membership::MAX_BINDINGS {
+            return Err(bad(format!("spec.{field} has too many entries")));
+        }
+        list.iter().map(|b| read_envelope(field, b)).collect()
+    };
+    let spoken = |spoken: &SpokenSpec| {
+        Ok(MembershipParts {
+            grant: read_envelope("spoken.grant", &spoken.grant)?,
+            bindings: bindings("spoken.bindings", &spoken.bindings)?,
+        })
+    };
     let digest = |text: &String| {
         let bytes = data_encoding::HEXLOWER.decode(text.as_bytes()).ok();
         bytes
@@ -119,7 +144,8 @@ pub fn read(object: &MemberResource) -> Result<(ClusterId, Member), Problem> {
     };
     let member = Member {
         grant: read_envelope("grant", &spec.grant)?,
-        bindings: spec.bindings.iter().map(|b| read_envelope("bindings", b)).collect::<Result<_, _>>()?,
+        bindings: bindings("bindings", &spec.bindings)?,
+        spoken: spec.spoken.as_ref().map(spoken).transpose()?,
         statement: spec.statement.as_ref().map(|s| read_envelope("statement", s)).transpose()?,
         namespaces: spec.namespaces_hash.as_ref().map(digest).transpose()?,
     };

@@ -14,6 +14,7 @@ use tombolo_proto::testing::{
     any_prefix, any_records, any_service, any_set, key,
 };
 use tombolo_proto::trust::SigningKey;
+use tombolo_proto::wire::MembershipParts;
 
 use super::*;
 use crate::api::observed::{ClusterSet, Lease, Member};
@@ -84,11 +85,13 @@ proptest! {
         cluster in any_cluster(),
         grant in any_envelope(),
         bindings in proptest::collection::vec(any_envelope(), 0..3),
+        spoken in proptest::option::of((any_envelope(), proptest::collection::vec(any_envelope(), 0..3))),
         statement in proptest::option::of(any_envelope()),
         namespaces in proptest::option::of(any_digest()),
         records in any_records(),
     ) {
-        let member = Member { grant, bindings, statement, namespaces };
+        let spoken = spoken.map(|(grant, bindings)| MembershipParts { grant, bindings });
+        let member = Member { grant, bindings, spoken, statement, namespaces };
         let object = json(&member::write(&cluster, &member).unwrap());
         prop_assert_eq!(member::read(&typed(&object).unwrap()).unwrap(), (cluster.clone(), member));
 

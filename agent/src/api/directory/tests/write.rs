@@ -312,6 +312,7 @@ fn joined(directory: &Directory) -> (ClusterSet, SigningKey, Member) {
     let member = Member {
         grant: membership.grant().envelope().clone(),
         bindings: membership.bindings().iter().map(|b| b.envelope().clone()).collect(),
+        spoken: None,
         statement: None,
         namespaces: None,
     };
