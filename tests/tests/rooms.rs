@@ -12,12 +12,12 @@ const ARROWS: [(&str, &[&str]); 11] = [
     ("tombolo-broker-core", &["tombolo-proto", "tombolo-replica"]),
     ("tombolo-hold", &[]),
     ("tombolo-wireguard", &["tombolo-hold"]),
-    ("tombolo-agent", &["tombolo-proto", "tombolo-tls", "tombolo-replica", "tombolo-agent-core", "tombolo-hold"]),
-    ("tombolo-broker", &["tombolo-proto", "tombolo-tls", "tombolo-replica", "tombolo-broker-core"]),
     (
-        "tombolo",
-        &["tombolo-proto", "tombolo-tls", "tombolo-replica", "tombolo-agent-core", "tombolo-agent"],
+        "tombolo-agent",
+        &["tombolo-proto", "tombolo-tls", "tombolo-replica", "tombolo-agent-core", "tombolo-hold"],
     ),
+    ("tombolo-broker", &["tombolo-proto", "tombolo-tls", "tombolo-replica", "tombolo-broker-core"]),
+    ("tombolo", &["tombolo-proto", "tombolo-tls", "tombolo-replica", "tombolo-agent-core", "tombolo-agent"]),
     ("tombolo-lab", &["tombolo-proto", "tombolo-tls", "tombolo-replica", "tombolo-agent-core"]),
 ];
 
@@ -25,7 +25,16 @@ const ARROWS: [(&str, &[&str]); 11] = [
 const CORES: [&str; 4] = ["tombolo-proto", "tombolo-replica", "tombolo-agent-core", "tombolo-broker-core"];
 /// I/O, which they cannot name.
 const IO: [&str; 10] = [
-    "tokio", "kube", "k8s-openapi", "tonic", "rtnetlink", "hickory-server", "nix", "libc", "socket2", "tracing-subscriber",
+    "tokio",
+    "kube",
+    "k8s-openapi",
+    "tonic",
+    "rtnetlink",
+    "hickory-server",
+    "nix",
+    "libc",
+    "socket2",
+    "tracing-subscriber",
 ];
 
 fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
@@ -36,7 +45,8 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
         .output()
         .expect("cargo metadata runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON");
+    let metadata: serde_json::Value =
+        serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON");
     let mut found = BTreeMap::new();
     for package in metadata["packages"].as_array().expect("packages") {
         let normal = package["dependencies"]
