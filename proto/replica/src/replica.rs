@@ -40,6 +40,7 @@ pub struct Replica {
     interest: Interest,
     quota: Quota,
     origins: BTreeMap<ClusterId, Origin>,
+    floors: BTreeMap<ClusterId, Verified<Statement>>,
     version: u64,
     changes: BTreeMap<u64, Change>,
     changed_at: BTreeMap<Change, u64>,
@@ -65,6 +66,7 @@ impl Replica {
             interest,
             quota: Quota::default(),
             origins: BTreeMap::new(),
+            floors: BTreeMap::new(),
             version: 0,
             changes: BTreeMap::new(),
             changed_at: BTreeMap::new(),
@@ -91,23 +93,33 @@ impl Replica {
     pub fn offer_documents(&mut self, documents: &Documents) -> Vec<Refusal> {
         let mut refusals = Vec::new();
         let mut new = false;
-        let mut note = |result: Result<bool, Refusal>| match result {
-            Ok(changed) => new |= changed,
+        let mut mended = Vec::new();
+        let mut note = |object: Object, result: Result<bool, Refusal>| match result {
+            Ok(true) => {
+                new = true;
+                mended.push(object);
+            }
+            Ok(false) => {}
             Err(refusal) => refusals.push(refusal),
         };
-        documents.roots.iter().for_each(|envelope| note(self.documents.offer_root(envelope)));
+        for envelope in &documents.roots {
+            note(Object::Roots, self.documents.offer_root(envelope));
+        }
         if let Some(envelope) = &documents.brokers {
-            note(self.documents.offer_brokers(envelope));
+            note(Object::Brokers, self.documents.offer_brokers(envelope));
         }
         if let Some(envelope) = &documents.revocations {
-            note(self.documents.offer_revocations(envelope));
+            note(Object::Revocations, self.documents.offer_revocations(envelope));
         }
         for parts in &documents.memberships {
             let origins = &self.origins;
             let spoken = |cluster: &ClusterId| origins.get(cluster).map(|o| o.state.position().serial);
             let max = self.quota.clusters;
-            note(self.documents.offer_membership(parts, spoken, max).map(|cluster| cluster.is_some()));
+            let offered = self.documents.offer_membership(parts, spoken, max);
+            let cluster = offered.as_ref().ok().cloned().flatten();
+            note(Object::Membership(cluster), offered.map(|cluster| cluster.is_some()));
         }
+        mended.iter().for_each(|object| self.mend(object));
         if new {
             self.mark(Change::Documents);
             self.drop_revoked();
@@ -217,7 +229,8 @@ impl Replica {
         let cluster = statement.cluster.clone();
         let refuse = |reason| Refusal::new(Object::Statement(cluster.clone()), reason);
         let offered = statement.position;
-        if let Some(held) = self.origin(&cluster).map(|state| state.position()).filter(|&p| p >= offered) {
+        let held = self.origin(&cluster).map(|state| state.position()).max(self.floor(&cluster));
+        if let Some(held) = held.filter(|&held| held >= offered) {
             return Err(refuse(Reason::Stale { offered, held }));
         }
         self.own = Some(cluster.clone());
@@ -256,6 +269,40 @@ impl Replica {
         }
         self.commit(candidate.partial());
         Ok(())
+    }
+
+    /// Remembers a statement that was verified once and whose records are not at hand: from now on nothing
+    /// older of that cluster is taken, whoever brings it, so that no forwarder can roll a cluster back over a
+    /// restart. Its membership must be offered before. For the own cluster it counts as seen
+    /// ([`Self::own_seen`]).
+    pub fn set_floor(&mut self, statement: &Envelope) -> Result<Position, Refusal> {
+        let statement = self.documents.statement(statement)?;
+        let (cluster, position) = (statement.cluster.clone(), statement.position);
+        if self.own.as_ref() == Some(&cluster) {
+            self.note_own(position);
+        }
+        if self.floors.get(&cluster).is_none_or(|held| held.position < position) {
+            self.floors.insert(cluster, statement);
+        }
+        Ok(position)
+    }
+
+    /// Below which position nothing of a cluster is taken.
+    pub fn floor(&self, cluster: &ClusterId) -> Option<Position> {
+        self.floors.get(cluster).map(|statement| statement.position)
+    }
+
+    /// Whether a statement is behind its cluster's floor, or another one at that position.
+    pub(crate) fn below_floor(&self, statement: &Statement) -> Option<Reason> {
+        let floor = self.floors.get(&statement.cluster)?;
+        let (offered, held) = (statement.position, floor.position);
+        if offered < held {
+            Some(Reason::Stale { offered, held })
+        } else if offered == held && statement.root != floor.root {
+            Some(Reason::Equivocation(format!("position {offered}")))
+        } else {
+            None
+        }
     }
 
     /// Which namespaces are wanted now. Records of others are dropped, those of new ones are fetched by the
@@ -310,10 +357,25 @@ impl Replica {
     }
 
     pub(crate) fn find(&mut self, refusal: &Refusal) {
+        if self.findings.get(&refusal.object).is_some_and(is_lasting) && !is_lasting(&refusal.reason) {
+            return;
+        }
         if self.findings.len() >= MAX_FINDINGS && !self.findings.contains_key(&refusal.object) {
-            self.findings.pop_first();
+            // Anybody can bring something unsigned; that must not push out what only a key's holder can cause.
+            let least = self.findings.iter().find(|(_, reason)| !is_lasting(reason));
+            match least.map(|(object, _)| object.clone()) {
+                Some(object) => self.findings.remove(&object),
+                None => self.findings.pop_first().map(|(_, reason)| reason),
+            };
         }
         self.findings.insert(refusal.object.clone(), refusal.reason.clone());
+    }
+
+    /// Something good came for an object: what was wrong before is over, unless it tells of a misused key.
+    fn mend(&mut self, object: &Object) {
+        if self.findings.get(object).is_some_and(|reason| !is_lasting(reason)) {
+            self.findings.remove(object);
+        }
     }
 
     pub(crate) fn touched_since(&self, cluster: &ClusterId, position: Position) -> Option<Touched> {
@@ -324,7 +386,8 @@ impl Replica {
     pub(crate) fn commit(&mut self, state: OriginState) {
         let cluster = state.statement().cluster.clone();
         let position = state.position();
-        if self.documents.membership(&cluster, position.serial).is_none() {
+        let member = self.documents.membership(&cluster, position.serial).is_some();
+        if !member || self.below_floor(state.statement()).is_some() {
             return;
         }
         let state = state.narrowed(self.wanted(&cluster)).unwrap_or(state);
@@ -354,6 +417,7 @@ impl Replica {
             }
         }
         self.documents.prune(&cluster, position.serial);
+        self.mend(&Object::Statement(cluster.clone()));
         self.mark(Change::Origin(cluster));
     }
 
@@ -364,4 +428,9 @@ impl Replica {
         }
         self.changes.insert(self.version, change);
     }
+}
+
+/// Whether a reason stays worth a look after things went on: somebody's key signed two different things.
+fn is_lasting(reason: &Reason) -> bool {
+    matches!(reason, Reason::Equivocation(_) | Reason::Fork { .. })
 }

@@ -110,6 +110,12 @@ impl Session {
         if replica.own() == Some(&origin) {
             return Ok(());
         }
+        if let Some(reason) = replica.below_floor(&statement) {
+            // The peer is behind what is known here, or lies; either way its next statement may be better.
+            talk.refused = true;
+            self.refuse_statement(replica, &origin, reason);
+            return Ok(());
+        }
 
         let old = talk.stage.take();
         let wanted = replica.wanted(&origin);
