@@ -77,6 +77,10 @@ pub trait ClusterApi: Send + Sync {
         expected: Option<&Version>,
     ) -> Result<Version, Error>;
 
+    /// From now on this process's writes that only the leader may do count while the Lease bears this epoch, and
+    /// fail with [`Error::NotLeading`] after: nobody who slept through its successor's election writes.
+    fn lead_as(&self, epoch: u64);
+
     /// Who leads.
     async fn lease(&self) -> Result<Option<Versioned<Lease>>, Error>;
 
@@ -96,6 +100,9 @@ pub enum Error {
         /// Which object.
         object: String,
     },
+    /// Another took the lead.
+    #[error("another agent leads this cluster by now; nothing was written")]
+    NotLeading,
     /// The directory is not there, or not one of ours.
     #[error(
         "{path} is not a cluster's directory ({problem}); `tombolo join --cluster-dir {path} ...` makes one"

@@ -18,6 +18,7 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
@@ -52,6 +53,8 @@ pub struct Directory {
     root: PathBuf,
     store: Arc<Store>,
     memory: Option<Memory>,
+    /// See [`ClusterApi::lead_as`]; 0 before that.
+    epoch: AtomicU64,
     watching: OnceLock<Result<Watching, Receiver<Arc<Observed>>>>,
 }
 
@@ -83,7 +86,7 @@ impl Directory {
 
     fn at(root: PathBuf) -> Self {
         let store = Arc::new(Store::new(root.join(STATE)));
-        Self { root, store, memory: None, watching: OnceLock::new() }
+        Self { root, store, memory: None, epoch: AtomicU64::new(0), watching: OnceLock::new() }
     }
 
     /// Keeps copies of good manifests in `state_dir`, so that one that is broken keeps its last good value over
@@ -154,18 +157,24 @@ impl Directory {
         tokio::task::spawn_blocking(move || store.transact(body)).await.map_err(|_| Error::Ending)?
     }
 
-    async fn swap(&self, id: ObjectId, value: Value, expected: Option<&Version>) -> Result<Version, Error> {
-        let store = Arc::clone(&self.store);
-        let expected = expected.cloned();
-        let work = move || {
-            let mut new = None;
-            store.transact(|t| {
-                new = Some(t.swap(&id, value, expected.as_ref())?);
-                Ok(())
-            })?;
-            new.ok_or(Error::Ending)
+    /// The same for the leader, if it still is: the Lease is read after the lock was taken. Whoever leads by
+    /// then can only have waited for this lock, so that what it writes comes last.
+    async fn lead(
+        &self,
+        body: impl FnOnce(&mut Transaction<'_>) -> Result<(), Error> + Send + 'static,
+    ) -> Result<Applied, Error> {
+        let epoch = self.epoch.load(Ordering::Acquire);
+        let work = move |t: &mut Transaction<'_>| {
+            if epoch != 0 {
+                let lease = t.get(&own(lease::id())?)?.flatten();
+                let lease = lease.and_then(|value| lease::read(&typed(&value).ok()?).ok());
+                if lease.is_none_or(|lease| lease.epoch != epoch) {
+                    return Err(Error::NotLeading);
+                }
+            }
+            body(t)
         };
-        tokio::task::spawn_blocking(work).await.map_err(|_| Error::Ending)?
+        self.transact(work).await
     }
 }
 
@@ -188,7 +197,7 @@ async fn apply(
         }
         Ok(())
     };
-    directory.transact(work).await
+    directory.lead(work).await
 }
 
 #[async_trait]
@@ -251,7 +260,7 @@ impl ClusterApi for Directory {
             }
             Ok(())
         };
-        self.transact(work).await
+        self.lead(work).await
     }
 
     async fn stamp_exports(&self, now: u64) -> Result<Applied, Error> {
@@ -294,7 +303,7 @@ impl ClusterApi for Directory {
             }
             Ok(())
         };
-        self.transact(work).await
+        self.lead(work).await
     }
 
     async fn write_member(
@@ -306,7 +315,17 @@ impl ClusterApi for Directory {
         let (cluster, nodes) = (cluster.clone(), nodes.clone());
         let id = own(member::id(&cluster))?;
         let value = json(&own(member::write(&cluster, member))?);
-        self.transact(move |t| put_member(t, &cluster, &id, value, &nodes)).await
+        let serial = serial(member);
+        let work = move |t: &mut Transaction<'_>| {
+            let known = t.get(&id)?.flatten();
+            let known = known.and_then(|value| member::read(&typed(&value).ok()?).ok());
+            if known.is_some_and(|(_, known)| self::serial(&known) > serial) {
+                // Joined anew since the caller looked.
+                return Err(Error::Conflict { object: id.to_string() });
+            }
+            put_member(t, &cluster, &id, value, &nodes)
+        };
+        self.lead(work).await
     }
 
     async fn delete_member(&self, cluster: &ClusterId) -> Result<Applied, Error> {
@@ -319,7 +338,7 @@ impl ClusterApi for Directory {
             }
             Ok(())
         };
-        self.transact(work).await
+        self.lead(work).await
     }
 
     async fn write_tunnel_node(&self, node: &NodeName, value: &TunnelNode) -> Result<Applied, Error> {
@@ -330,7 +349,7 @@ impl ClusterApi for Directory {
 
     async fn delete_tunnel_node(&self, node: &NodeName) -> Result<Applied, Error> {
         let id = own(ObjectId::cluster(Kind::TunnelNode, node.as_str()))?;
-        self.transact(move |t| t.delete(&id)).await
+        self.lead(move |t| t.delete(&id)).await
     }
 
     async fn clusterset(&self) -> Result<Option<Versioned<ClusterSet>>, Error> {
@@ -342,8 +361,21 @@ impl ClusterApi for Directory {
         value: &ClusterSet,
         expected: Option<&Version>,
     ) -> Result<Version, Error> {
-        let object = own(cluster_set::write(value))?;
-        self.swap(own(cluster_set::id())?, json(&object), expected).await
+        let (id, object) = (own(cluster_set::id())?, json(&own(cluster_set::write(value))?));
+        let expected = expected.cloned();
+        let new = Arc::new(OnceLock::new());
+        let told = Arc::clone(&new);
+        let work = move |t: &mut Transaction<'_>| {
+            let version = t.swap(&id, object, expected.as_ref())?;
+            let _ = told.set(version);
+            Ok(())
+        };
+        self.lead(work).await?;
+        new.get().cloned().ok_or(Error::Ending)
+    }
+
+    fn lead_as(&self, epoch: u64) {
+        self.epoch.store(epoch, Ordering::Release);
     }
 
     async fn lease(&self) -> Result<Option<Versioned<Lease>>, Error> {
@@ -351,13 +383,27 @@ impl ClusterApi for Directory {
     }
 
     async fn write_lease(&self, lease: &Lease, expected: Option<&Version>) -> Result<Version, Error> {
-        let object = own(lease::write(lease))?;
-        self.swap(own(lease::id())?, json(&object), expected).await
+        let (id, object) = (own(lease::id())?, json(&own(lease::write(lease))?));
+        let (store, expected) = (Arc::clone(&self.store), expected.cloned());
+        let work = move || {
+            let mut new = None;
+            store.transact_lease(|t| {
+                new = Some(t.swap(&id, object, expected.as_ref())?);
+                Ok(())
+            })?;
+            new.ok_or(Error::Ending)
+        };
+        tokio::task::spawn_blocking(work).await.map_err(|_| Error::Ending)?
     }
 
     async fn cluster_key(&self) -> Result<Option<SigningKey>, Error> {
         self.read_cluster_key()
     }
+}
+
+/// The serial that a Member's grant claims.
+fn serial(member: &Member) -> Option<u64> {
+    tombolo_proto::wire::decode_grant(&member.grant.payload).ok().map(|grant| grant.serial)
 }
 
 /// Writes a cluster's nodes, and then the statement that they fit.

@@ -15,10 +15,17 @@ use super::tree::{self, ReadError, Stamp};
 use crate::api::kind::{Kind, ObjectId, Problem, time};
 use crate::api::{Applied, Error, Version};
 
-/// The lock of a directory's `state/`.
-const LOCK: &str = ".lock";
-/// Where files are made before they are renamed into place.
-const TEMPORARY: &str = ".tmp";
+/// What a writer holds, and where it makes files before they are renamed into place.
+#[derive(Debug, Clone, Copy)]
+struct Lane {
+    lock: &'static str,
+    temporary: &'static str,
+}
+
+/// For all objects but the Lease.
+const OBJECTS: Lane = Lane { lock: ".lock", temporary: ".tmp" };
+/// For the Lease alone: thousands of slices on their way to the disk must not cost the lead.
+const LEASE: Lane = Lane { lock: ".lease.lock", temporary: ".lease.tmp" };
 /// How long to wait for the lock. Holders need milliseconds.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// More new files than this are flushed by one call for the whole disk.
@@ -74,16 +81,36 @@ impl Store {
         &self,
         body: impl FnOnce(&mut Transaction<'_>) -> Result<(), Error>,
     ) -> Result<Applied, Error> {
+        self.run(OBJECTS, body)
+    }
+
+    /// As [`Self::transact`], for the Lease and nothing else.
+    ///
+    /// # Errors
+    /// As [`Self::transact`].
+    pub(super) fn transact_lease(
+        &self,
+        body: impl FnOnce(&mut Transaction<'_>) -> Result<(), Error>,
+    ) -> Result<Applied, Error> {
+        self.run(LEASE, body)
+    }
+
+    fn run(
+        &self,
+        lane: Lane,
+        body: impl FnOnce(&mut Transaction<'_>) -> Result<(), Error>,
+    ) -> Result<Applied, Error> {
         if !self.top.is_dir() {
             return Err(Error::NotADirectory {
                 path: self.top.parent().unwrap_or(&self.top).to_owned(),
                 problem: "it has no state/".to_owned(),
             });
         }
-        let lock = self.lock()?;
-        self.clean()?;
+        let lock = self.lock(lane)?;
+        self.clean(lane)?;
         let mut transaction = Transaction {
             store: self,
+            lane,
             _lock: lock,
             puts: BTreeMap::new(),
             order: Vec::new(),
@@ -93,8 +120,8 @@ impl Store {
         transaction.commit()
     }
 
-    fn lock(&self) -> Result<File, Error> {
-        let path = self.top.join(LOCK);
+    fn lock(&self, lane: Lane) -> Result<File, Error> {
+        let path = self.top.join(lane.lock);
         let file =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
         let file = file.map_err(Error::io("open the lock", &path))?;
@@ -112,8 +139,8 @@ impl Store {
     }
 
     /// Removes what a writer that was killed left behind. Only under the lock, so no writer is alive.
-    fn clean(&self) -> Result<(), Error> {
-        let dir = self.top.join(TEMPORARY);
+    fn clean(&self, lane: Lane) -> Result<(), Error> {
+        let dir = self.top.join(lane.temporary);
         make_dir(&dir, 0o700)?;
         for entry in fs::read_dir(&dir).map_err(Error::io("list", &dir))?.flatten() {
             let _ = fs::remove_file(entry.path());
@@ -152,6 +179,7 @@ impl Store {
 /// Reads and writes under the lock.
 pub(super) struct Transaction<'a> {
     store: &'a Store,
+    lane: Lane,
     _lock: File,
     puts: BTreeMap<ObjectId, Value>,
     order: Vec<ObjectId>,
@@ -254,7 +282,7 @@ impl Transaction<'_> {
 
     fn commit(self) -> Result<Applied, Error> {
         let top = &self.store.top;
-        let temporary = top.join(TEMPORARY);
+        let temporary = top.join(self.lane.temporary);
         let all = self.order.len() > FLUSH_ALL;
         let mut made = Vec::new();
         for (number, id) in self.order.iter().enumerate() {

@@ -114,6 +114,57 @@ async fn the_lease_is_compared_and_swapped() {
     assert_ne!(third, second);
 }
 
+#[tokio::test]
+async fn a_deposed_leader_writes_nothing() {
+    let (_temporary, directory) = directory();
+    let successor = Directory::open(directory.root()).unwrap();
+    let first = directory.write_lease(&lease(1), None).await.unwrap();
+    directory.lead_as(1);
+    directory.apply_slices(&slices(2)).await.unwrap();
+    successor.write_lease(&lease(2), Some(&first)).await.unwrap();
+    let before = snapshot(&directory.root().join(STATE));
+    for outcome in [
+        directory.apply_slices(&Objects::default()).await,
+        directory.apply_imports(&Objects::default()).await,
+        directory.delete_member(&cluster("eu")).await,
+    ] {
+        assert!(matches!(outcome, Err(Error::NotLeading)), "{outcome:?}");
+    }
+    assert_eq!(snapshot(&directory.root().join(STATE)), before);
+    successor.lead_as(2);
+    assert_eq!(successor.apply_slices(&slices(1)).await.unwrap().deleted, 1);
+}
+
+#[tokio::test]
+async fn the_lease_waits_for_no_other_write() {
+    let (_temporary, directory) = directory();
+    directory.write_lease(&lease(1), None).await.unwrap();
+    let lock = std::fs::File::open(directory.root().join(STATE).join(".lock"))
+        .or_else(|_| std::fs::File::create(directory.root().join(STATE).join(".lock")));
+    let lock = lock.unwrap();
+    lock.lock().unwrap();
+    let version = directory.lease().await.unwrap().unwrap().version;
+    directory.write_lease(&lease(2), Some(&version)).await.unwrap();
+    assert_eq!(directory.lease().await.unwrap().unwrap().value.epoch, 2);
+    lock.unlock().unwrap();
+}
+
+#[tokio::test]
+async fn an_older_grant_does_not_replace_a_newer_one() {
+    let (_temporary, directory) = directory();
+    let (_, _, member) = joined(&directory);
+    let newer = invitation("eu", 2, &["10.1.0.0/16"]).accept(&seed_key(9)).unwrap();
+    let newer = Member {
+        grant: newer.grant().envelope().clone(),
+        bindings: newer.bindings().iter().map(|b| b.envelope().clone()).collect(),
+        ..member.clone()
+    };
+    directory.write_member(&cluster("eu"), &newer, &BTreeMap::new()).await.unwrap();
+    let error = directory.write_member(&cluster("eu"), &member, &BTreeMap::new()).await.unwrap_err();
+    assert!(matches!(error, Error::Conflict { .. }), "{error}");
+    assert_eq!(directory.read().members.get().unwrap()[&cluster("eu")], newer);
+}
+
 /// Adds one to the epoch so many times, whatever others do in between.
 fn count_up(root: &Path, times: u64) {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
@@ -203,7 +254,7 @@ fn a_killed_writer_leaves_whole_objects() {
 fn what_a_killed_writer_left_is_ignored_and_cleaned() {
     let (_temporary, directory) = directory();
     count_up(directory.root(), 1);
-    let temporary = directory.root().join(STATE).join(".tmp");
+    let temporary = directory.root().join(STATE).join(".lease.tmp");
     std::fs::write(temporary.join("0"), "{\"half").unwrap();
     assert_eq!(directory.read().findings, []);
     count_up(directory.root(), 1);
@@ -239,7 +290,7 @@ async fn a_held_lock_ends_in_an_error_that_names_it() {
     let path = directory.root().join(STATE).join(".lock");
     let held = std::fs::File::create(&path).unwrap();
     held.lock().unwrap();
-    let error = directory.write_lease(&lease(1), None).await.unwrap_err();
+    let error = directory.apply_slices(&slices(1)).await.unwrap_err();
     assert!(error.to_string().contains(".lock"), "{error}");
 }
 
