@@ -241,8 +241,9 @@ impl Lease {
             Some(_) => now >= changed + seen.duration,
         });
         if free {
-            let epoch = self.floor.max(unix).saturating_add(1);
             let expect = seen.map(|seen| seen.version.clone());
+            let written = seen.map_or(0, |seen| seen.epoch);
+            let epoch = self.next_epoch(written, unix);
             self.floor = epoch;
             self.tried = epoch;
             self.pending = Some(Pending { since: now, epoch: Some(epoch) });
@@ -266,6 +267,17 @@ impl Lease {
         self.held.take()?;
         let expect = self.observed.as_ref()?.0.as_ref()?.version.clone();
         Some(Action::Release { expect })
+    }
+
+    /// Above all that were seen. At the end of the range it starts again from the clock: under the old serial the
+    /// controller then says nothing (its position would go back), under a new one every epoch is good.
+    fn next_epoch(&mut self, written: u64, unix: u64) -> u64 {
+        if let Some(epoch) = self.floor.max(unix).checked_add(1) {
+            return epoch;
+        }
+        self.shown = None;
+        let floor = [written, self.tried, unix].into_iter().filter(|epoch| *epoch < u64::MAX).max();
+        floor.unwrap_or(0) + 1
     }
 
     fn observe(&mut self, seen: Option<Seen>, now: Duration) {
@@ -439,6 +451,25 @@ mod tests {
         // Shown an older one: nothing changes.
         a.handle_epoch(UNIX + 20, ms(200));
         assert_eq!(a.epoch(ms(200)), Some(UNIX + 51));
+    }
+
+    #[test]
+    fn at_the_end_of_the_range_it_starts_again() {
+        let mut store = Store::default();
+        let mut a = Lease::new("a", Timing::DIRECTORY);
+        store.run(&mut a, ms(0));
+        a.handle_epoch(u64::MAX - 1, ms(100));
+        store.run(&mut a, ms(100));
+        assert_eq!(a.epoch(ms(100)), Some(u64::MAX));
+        a.handle_epoch(u64::MAX, ms(200));
+        let done = store.run(&mut a, ms(200));
+        assert_eq!(done, [Action::Acquire { epoch: UNIX + 1, expect: Some("v2".into()) }]);
+        assert_eq!(a.epoch(ms(200)), Some(UNIX + 1));
+        // It is held like any other, and the next one is above it.
+        assert_eq!(store.run(&mut a, ms(700)), [Action::Renew { expect: "v3".into() }]);
+        let mut b = Lease::new("a", Timing::DIRECTORY);
+        store.run(&mut b, ms(800));
+        assert_eq!(b.epoch(ms(800)), Some(UNIX + 2));
     }
 
     #[test]

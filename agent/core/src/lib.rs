@@ -4,13 +4,16 @@
 //! ([`world::ClusterWorld`] to [`desired::ClusterDesired`]).
 #![forbid(unsafe_code)]
 
+pub mod bucket;
 pub mod desired;
 pub mod diff;
 pub mod finding;
+pub mod keep;
 pub mod known;
 pub mod lease;
 pub mod merge;
 pub mod object;
 pub mod plan;
+pub mod speak;
 pub mod world;
 pub mod zone;

@@ -51,6 +51,8 @@ impl ClustersetRanges {
 /// A member as nodes use it: effective ranges, and the nodes it states.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemberNodes {
+    /// Of its newest grant: who was admitted first keeps what two claim.
+    pub serial: u64,
     /// Effective pod ranges.
     pub owned: BTreeSet<Prefix>,
     /// Effective tunnel ranges.
@@ -74,6 +76,8 @@ pub struct NodeWorld {
     pub underlay_mtu: u16,
     /// Families that this node can send outer packets in.
     pub underlay: BTreeSet<tombolo_proto::model::Family>,
+    /// Ranges and addresses of this cluster that no other's node can have: reserved ones, ClusterSetIPs, own nodes.
+    pub inner: BTreeSet<Prefix>,
     /// Every member, the own one too, verified again on this node. Unknown before the first full reading.
     pub members: Known<BTreeMap<ClusterId, MemberNodes>>,
     /// ServiceImports of the own API.

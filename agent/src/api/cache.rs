@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use tombolo_agent_core::known::Known;
+use tombolo_agent_core::object::Node;
+use tombolo_proto::model::NodeName;
 
 use super::kind::{self, Problem, cluster_set, member, multicluster, slice, typed};
 use super::{Error, Observed};
@@ -20,7 +22,7 @@ pub const FILE: &str = "world.json";
 /// Bytes of it.
 const MAX_BYTES: u64 = 256 * 1024 * 1024;
 
-/// A node's cache of set, members, their nodes, imports and slices.
+/// A node's cache of set, members, their nodes, own nodes, imports and slices.
 pub struct Cache {
     path: PathBuf,
     last: Option<Observed>,
@@ -64,6 +66,7 @@ impl Cache {
             && observed.member_nodes.is_known()
             && observed.imports.is_known()
             && observed.slices.is_known()
+            && observed.nodes.is_known()
             && observed.clusterset.is_known();
         if !known {
             return Ok(false);
@@ -73,6 +76,7 @@ impl Cache {
             && last.member_nodes == observed.member_nodes
             && last.imports == observed.imports
             && last.slices == observed.slices
+            && last.nodes == observed.nodes
             && last.clusterset == observed.clusterset
         {
             return Ok(false);
@@ -87,6 +91,7 @@ impl Cache {
             member_nodes: observed.member_nodes.clone(),
             imports: observed.imports.clone(),
             slices: observed.slices.clone(),
+            nodes: observed.nodes.clone(),
             clusterset: observed.clusterset.clone(),
             ..Observed::default()
         });
@@ -135,6 +140,7 @@ fn encode(observed: &Observed) -> Result<Value, Problem> {
         "memberNodes": nodes,
         "imports": imports,
         "slices": slices,
+        "nodes": observed.nodes.get(),
     }))
 }
 
@@ -162,7 +168,12 @@ fn decode(value: &Value) -> Result<Observed, Problem> {
         None | Some(Value::Null) => None,
         Some(object) => Some(cluster_set::read(&typed(object)?)?),
     };
+    let nodes_here: Option<BTreeMap<NodeName, Node>> = match value.get("nodes") {
+        None => None,
+        Some(nodes) => serde_json::from_value(nodes.clone()).map_err(|e| kind::bad(format!("nodes: {e}")))?,
+    };
     Ok(Observed {
+        nodes: nodes_here.map_or(Known::No, Known::Yes),
         members: Known::Yes(members),
         member_nodes: Known::Yes(nodes),
         imports: Known::Yes(imports),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result};
 use tokio::sync::watch;
@@ -12,9 +12,9 @@ use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::known::{Known, Section};
 use tombolo_agent_core::object::TunnelNode;
 use tombolo_agent_core::plan;
-use tombolo_agent_core::world::{NodeWorld, Reach};
+use tombolo_agent_core::world::{MemberNodes, NodeWorld, Reach};
 use tombolo_agent_core::zone::Zone;
-use tombolo_proto::model::{Endpoint, Family, NodeName};
+use tombolo_proto::model::{Device, DeviceNumber, Endpoint, Family, NodeName, Prefix};
 use tracing::{debug, error, info, warn};
 
 use crate::admin::{Planned, Shown};
@@ -23,11 +23,15 @@ use crate::api::{ClusterApi, Observed};
 use crate::apply::Appliers;
 use crate::apply::key::DeviceKeys;
 use crate::metrics::{ClusterLabel, ReasonLabel};
-use crate::observe::member::{Members, Verifier};
+use crate::observe::member::{Members, Verifier, inner_ranges};
 use crate::observe::netlink::{Monitor, Underlay};
 
 /// Changes that come together are planned together.
 const DEBOUNCE: Duration = Duration::from_millis(5);
+/// While a peer does not answer: when the next attempt may be due is known to the appliers.
+const ATTEMPT: Duration = Duration::from_secs(5);
+/// The cache is written so often at most.
+const SAVE: Duration = Duration::from_secs(5);
 /// A slow resync heals what no event told.
 const RESYNC: Duration = Duration::from_secs(30);
 /// After a pass that failed in part; doubled up to [`RETRY_MAX`].
@@ -54,11 +58,15 @@ pub struct Node {
     pub shown: Arc<Shown>,
 }
 
-/// What the API has not told yet, as it was when it was last told.
-fn from_cache(now: Arc<Observed>, cached: Option<&Observed>) -> Arc<Observed> {
-    let Some(cached) =
-        cached.filter(|_| !now.clusterset.is_known() || !now.members.is_known() || !now.slices.is_known())
-    else {
+/// What the API does not tell (yet, or for now), as it was when it was last told.
+fn from_cache(now: Arc<Observed>, cached: Option<&Arc<Observed>>) -> Arc<Observed> {
+    let told = now.clusterset.is_known()
+        && now.members.is_known()
+        && now.member_nodes.is_known()
+        && now.nodes.is_known()
+        && now.imports.is_known()
+        && now.slices.is_known();
+    let Some(cached) = cached.filter(|_| !told) else {
         return now;
     };
     fn or<T: Clone>(now: &Known<T>, cached: &Known<T>) -> Known<T> {
@@ -68,6 +76,7 @@ fn from_cache(now: Arc<Observed>, cached: Option<&Observed>) -> Arc<Observed> {
     filled.clusterset = or(&now.clusterset, &cached.clusterset);
     filled.members = or(&now.members, &cached.members);
     filled.member_nodes = or(&now.member_nodes, &cached.member_nodes);
+    filled.nodes = or(&now.nodes, &cached.nodes);
     filled.imports = or(&now.imports, &cached.imports);
     filled.slices = or(&now.slices, &cached.slices);
     Arc::new(filled)
@@ -79,29 +88,34 @@ impl Node {
         let mut observed = self.api.observe();
         let mut verifier = Verifier::default();
         let mut retry = RETRY;
-        let cached = self.cache.load().unwrap_or_else(|error| {
+        let mut last = self.cache.load().unwrap_or_else(|error| {
             warn!("{error}");
             None
         });
-        let mut planned: Option<Arc<Planned>> = None;
+        if let Some(cached) = &last {
+            // What was good stays so, whatever became of it in the API meanwhile.
+            verifier.verify(cached);
+        }
+        let mut last = last.take().map(Arc::new);
+        let mut saved: Option<Instant> = None;
+        let mut planned: Option<(Arc<Planned>, Vec<Finding>)> = None;
         loop {
             let start = Instant::now();
-            let now = observed.borrow_and_update().clone();
-            if let Err(error) = self.cache.save(&now) {
-                warn!("what was verified cannot be kept for a start without the cluster's API: {error}");
-            }
-            let now = from_cache(now, cached.as_ref());
+            let now = from_cache(observed.borrow_and_update().clone(), last.as_ref());
+            last = Some(now.clone());
             let underlay = self.monitor.underlay();
-            self.announce(&now, &underlay).await;
-            let clean = match self.world(&now, &underlay, &mut verifier) {
+            verifier.set_addresses(&underlay.addresses);
+            let members = verifier.verify(&now);
+            let announced = self.announce(&now, &underlay, members.get()).await;
+            let clean = match self.world(&now, &underlay, &members) {
                 Some((world, findings)) => {
-                    let current = match planned.take() {
-                        Some(planned) if planned.world == world => planned,
-                        _ => self.plan(world, findings),
+                    let (current, findings) = match planned.take() {
+                        Some((planned, old)) if planned.world == world && old == findings => (planned, old),
+                        _ => (self.plan(world, findings.clone()), findings),
                     };
                     let clean = self.apply(&current.desired, start).await;
                     self.answer(&current.desired);
-                    planned = Some(current);
+                    planned = Some((current, findings));
                     clean
                 }
                 None => {
@@ -110,16 +124,32 @@ impl Node {
                     true
                 }
             };
-            let wait = if clean {
+            let mut wait = if clean && announced {
                 retry = RETRY;
-                RESYNC
+                let attempts = match &planned {
+                    Some((planned, _)) => self.attempts(&planned.desired).await,
+                    None => false,
+                };
+                if attempts { ATTEMPT } else { RESYNC }
             } else {
                 let wait = retry;
                 retry = (retry * 2).min(RETRY_MAX);
                 wait
             };
+            // Last, since nothing waits for it, and seldom, since it is the whole world.
+            let due = saved.map_or(Duration::ZERO, |at| SAVE.saturating_sub(at.elapsed()));
+            if due.is_zero() {
+                if self.keep(&verifier, &now) {
+                    saved = Some(Instant::now());
+                }
+            } else {
+                wait = wait.min(due);
+            }
             tokio::select! {
-                () = stop.cancelled() => return Ok(()),
+                () = stop.cancelled() => {
+                    self.keep(&verifier, &now);
+                    return Ok(());
+                }
                 result = observed.changed() => result.context("the cluster's API ended")?,
                 () = self.monitor.changed() => debug!("the kernel's state changed"),
                 () = tokio::time::sleep(wait) => {}
@@ -128,47 +158,71 @@ impl Node {
         }
     }
 
-    /// Says what this node is, where the cluster's controller reads it.
-    async fn announce(&self, observed: &Observed, underlay: &Underlay) {
-        let Some(tunnel_nodes) = observed.tunnel_nodes.get() else { return };
-        let Known::Yes(Some(_)) = &observed.clusterset else { return };
-        let node = observed.nodes.get().and_then(|nodes| nodes.get(&self.name));
-        let mut candidates: Vec<_> = node.map(|n| n.addresses.clone()).unwrap_or_default();
-        for address in &underlay.addresses {
-            if !candidates.contains(address) {
-                candidates.push(*address);
-            }
-        }
-        for family in Family::ALL {
-            let mut count = 0;
-            candidates.retain(|a| {
-                count += usize::from(Family::of(*a) == family);
-                Family::of(*a) != family || count <= Endpoint::MAX_CANDIDATES
-            });
-        }
-        let prefixes = node.map(|n| n.pod_cidrs.clone()).unwrap_or_default();
-        let value = TunnelNode { devices: self.keys.public(), candidates, prefixes };
+    /// Keeps what was verified for a start without the API. True if something was written.
+    fn keep(&mut self, verifier: &Verifier, observed: &Observed) -> bool {
+        let Some(good) = verifier.good(observed) else { return false };
+        self.cache.save(&good).unwrap_or_else(|error| {
+            warn!("what was verified cannot be kept for a start without the cluster's API: {error}");
+            true
+        })
+    }
+
+    /// Whether a peer does not answer, and there is somewhere else to look for it.
+    async fn attempts(&self, desired: &NodeDesired) -> bool {
+        let Some(devices) = desired.devices.get().filter(|devices| !devices.is_empty()) else { return false };
+        let Ok(states) = self.appliers.tunnels().await else { return false };
+        let now = SystemTime::now();
+        devices.iter().any(|(number, device)| {
+            device.peers.iter().any(|(key, peer)| {
+                let state = states.get(number).and_then(|state| state.peers.get(key));
+                let there = state.and_then(|state| state.endpoint);
+                let elsewhere = peer.candidates.iter().any(|candidate| Some(*candidate) != there);
+                elsewhere && !state.is_some_and(|state| state.is_alive(now))
+            })
+        })
+    }
+
+    /// Says what this node is, where the cluster's controller reads it. False if that failed.
+    async fn announce(&self, observed: &Observed, underlay: &Underlay, members: Option<&Arc<Members>>) -> bool {
+        let Some(tunnel_nodes) = observed.tunnel_nodes.get() else { return true };
+        let Known::Yes(Some(clusterset)) = &observed.clusterset else { return true };
+        let Some(nodes) = observed.nodes.get() else { return true };
+        // The controller removes what a node says that is not there; it would be said again, without end.
+        let Some(node) = nodes.get(&self.name) else {
+            let problem =
+                format!("there is no Node object named {}: make one, or correct --node-name", self.name);
+            self.shown.check("node", Some(problem));
+            return true;
+        };
+        self.shown.check("node", None);
+        let own = members.and_then(|members| members.nodes.get(&clusterset.cluster));
+        let value = tunnel_node(node, underlay, own, self.keys.public());
         if tunnel_nodes.get(&self.name) != Some(&value) {
             match self.api.write_tunnel_node(&self.name, &value).await {
                 Ok(_) => info!(candidates = ?value.candidates, "told what this node is"),
-                Err(error) => warn!("cannot tell what this node is, retrying: {error}"),
+                Err(error) => {
+                    warn!("cannot tell what this node is, retrying: {error}");
+                    return false;
+                }
             }
         }
+        true
     }
 
     fn world(
         &self,
         observed: &Observed,
         underlay: &Underlay,
-        verifier: &mut Verifier,
+        members: &Known<Arc<Members>>,
     ) -> Option<(NodeWorld, Vec<Finding>)> {
         let Known::Yes(Some(clusterset)) = &observed.clusterset else { return None };
-        let members: Known<Arc<Members>> = verifier.verify(observed);
         let mut findings = observed.findings.clone();
         if let Some(members) = members.get() {
             findings.extend(members.findings.iter().cloned());
         }
         let reach: Reach = clusterset.reach;
+        let mut inner = inner_ranges(clusterset, observed.nodes.get());
+        inner.extend(underlay.addresses.iter().filter_map(|a| Prefix::host(*a).ok()));
         let world = NodeWorld {
             cluster: clusterset.cluster.clone(),
             node: self.name.clone(),
@@ -176,9 +230,10 @@ impl Node {
             clusterset: Some(clusterset.clusterset),
             underlay_mtu: underlay.mtu,
             underlay: underlay.addresses.iter().map(|a| Family::of(*a)).collect(),
+            inner,
             members: match members {
-                Known::Yes(members) => Known::Yes(members.nodes.clone()),
-                Known::No => Known::No,
+                Known::Yes(members) if members.usable => Known::Yes(members.nodes.clone()),
+                Known::Yes(_) | Known::No => Known::No,
             },
             imports: observed.imports.clone(),
             slices: observed.slices.clone(),
@@ -268,5 +323,99 @@ impl Node {
             metrics.peers.get_or_create(&ClusterLabel { cluster }).set(count);
         }
         self.shown.node_findings.store(Arc::new(findings));
+    }
+}
+
+/// What a node says of itself. Without `spec.podCIDRs` its pods are where its own routes lead, but a subnet that it
+/// shares with other nodes is not its own.
+fn tunnel_node(
+    node: &tombolo_agent_core::object::Node,
+    underlay: &Underlay,
+    own: Option<&MemberNodes>,
+    devices: BTreeMap<DeviceNumber, Device>,
+) -> TunnelNode {
+    let mut candidates = node.addresses.clone();
+    for address in &underlay.addresses {
+        if !candidates.contains(address) {
+            candidates.push(*address);
+        }
+    }
+    for family in Family::ALL {
+        let mut count = 0;
+        candidates.retain(|a| {
+            count += usize::from(Family::of(*a) == family);
+            Family::of(*a) != family || count <= Endpoint::MAX_CANDIDATES
+        });
+    }
+    let mut prefixes = node.pod_cidrs.clone();
+    if prefixes.is_empty()
+        && let Some(own) = own
+    {
+        let shared = |p: &Prefix| underlay.addresses.iter().chain(&node.addresses).any(|a| p.contains(*a));
+        let ranges = underlay.pod_ranges(&own.owned).into_iter().filter(|p| !shared(p));
+        // One more than is stated, so that the controller says that it is too many.
+        prefixes = ranges.take(Endpoint::MAX_PREFIXES + 1).collect();
+    }
+    TunnelNode { devices, candidates, prefixes }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn a_node_without_pod_cidrs_tells_where_its_routes_lead() {
+        let node = |cidrs: &[&str]| tombolo_agent_core::object::Node {
+            gateway: false,
+            ready: true,
+            pod_cidrs: cidrs.iter().map(|p| p.parse().unwrap()).collect(),
+            addresses: vec!["10.1.0.5".parse().unwrap()],
+        };
+        let nets = |list: &[&str]| list.iter().map(|p| p.parse().unwrap()).collect::<BTreeSet<Prefix>>();
+        let underlay = Underlay {
+            addresses: vec!["10.1.0.5".parse().unwrap()],
+            mtu: 1500,
+            // The nodes' subnet, this node's pods, and something that is nobody's pods.
+            local: ["10.1.0.0/24", "10.1.3.0/24", "192.168.0.0/24"].map(|n| n.parse().unwrap()).into(),
+        };
+        let own = MemberNodes {
+            serial: 1,
+            owned: nets(&["10.1.0.0/16"]),
+            tunnel: BTreeSet::new(),
+            nodes: BTreeMap::new(),
+        };
+        let told = |cidrs: &[&str], own| tunnel_node(&node(cidrs), &underlay, own, BTreeMap::new()).prefixes;
+        assert_eq!(told(&[], Some(&own)), nets(&["10.1.3.0/24"]));
+        assert_eq!(told(&["10.1.9.0/24"], Some(&own)), nets(&["10.1.9.0/24"]));
+        assert_eq!(told(&[], None), nets(&[]));
+    }
+
+    #[test]
+    fn what_the_api_loses_stays_as_it_was_last_and_not_as_at_the_start() {
+        let known = |mtu: &str| Observed {
+            clusterset: Known::Yes(None),
+            members: Known::Yes(BTreeMap::new()),
+            member_nodes: Known::Yes(BTreeMap::new()),
+            nodes: Known::Yes([(
+                mtu.parse().unwrap(),
+                tombolo_agent_core::object::Node {
+                    gateway: false,
+                    ready: true,
+                    pod_cidrs: BTreeSet::new(),
+                    addresses: Vec::new(),
+                },
+            )]
+            .into()),
+            imports: Known::Yes(BTreeMap::new()),
+            slices: Known::Yes(BTreeMap::new()),
+            ..Observed::default()
+        };
+        let mut last = Some(Arc::new(known("start")));
+        for now in [known("later"), Observed::default(), Observed { nodes: Known::No, ..known("x") }] {
+            last = Some(from_cache(Arc::new(now), last.as_ref()));
+        }
+        assert_eq!(last.unwrap().nodes, known("later").nodes);
     }
 }

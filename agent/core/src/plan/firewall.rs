@@ -56,7 +56,7 @@ pub(crate) fn firewall(
         out_devices: devices(DeviceFamily::Out),
         in_devices: devices(DeviceFamily::In),
         exported,
-        vips: vip::vips(world, imports, slices, findings),
+        vips: vip::vips(world, imports, slices),
         clusterset: world.clusterset.map(|ranges| ranges.nets().collect()).unwrap_or_default(),
         resolvers: world.clusterset.map(|ranges| ranges.resolvers().collect()).unwrap_or_default(),
         mtu: peer::mtu(world, findings),

@@ -55,11 +55,12 @@ fn plan_node(world: &NodeWorld, findings: &mut Findings) -> NodeDesired {
         desired.rules = Section::Set(Default::default());
     }
     let (Some(imports), Some(slices)) = (world.imports.get(), world.slices.get()) else { return desired };
+    let imports = &*vip::honest(world, imports, findings);
     let slices = backend::owned(slices, members, findings);
     desired.zone = Section::Set(Zone::build(imports, &slices));
 
     let stations: BTreeMap<&ClusterId, _> =
-        members.iter().map(|(id, member)| (id, roster::stations(id, member, findings))).collect();
+        members.iter().map(|(id, m)| (id, roster::stations(&world.cluster, id, m, findings))).collect();
     let firewall = firewall::firewall(world, members, &stations, imports, &slices, findings);
     desired.firewall = Section::Set(firewall);
     if members.contains_key(&world.cluster) {
@@ -90,7 +91,8 @@ fn plan_cluster(world: &ClusterWorld, findings: &mut Findings) -> ClusterDesired
     let services = service::services(&sources, findings);
     if let (Some(services), Some(existing)) = (&services, world.imports.get()) {
         let mut imports = service::imports(services);
-        address::assign(world.clusterset.as_ref(), existing, &mut imports, findings);
+        let us = &world.cluster;
+        address::assign(us, world.clusterset.as_ref(), existing, &mut imports, findings);
         if let Some(slices) = world.slices.get() {
             let slices = slice::slices(&sources, services, &imports, (existing, slices), findings);
             desired.slices = Section::Set(slices);

@@ -3,9 +3,11 @@
 //! The pair (x, y) always talks x.f\[rank of y\] to y.f\[rank of x\], so each side computes the same pairing alone.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
-use tombolo_proto::model::{ClusterId, DeviceFamily, DeviceNumber, Family, Lane, NodeName, Prefix};
+use tombolo_proto::model::{
+    ClusterId, DeviceFamily, DeviceNumber, Family, Lane, NodeName, Prefix, WireguardKey,
+};
 
 use super::findings::Findings;
 use super::roster::{Station, Stations};
@@ -42,7 +44,11 @@ pub(crate) fn devices(
     let Some(own) = stations.get(&world.cluster) else { return BTreeMap::new() };
     let Some(me) = own.get(&world.node) else { return BTreeMap::new() };
     let mtu = mtu(world, findings);
-    let mut devices = Devices { world, me, mtu, map: BTreeMap::new() };
+    let all = members.get(&world.cluster).into_iter().flat_map(|own| own.nodes.values());
+    let own_keys = all.flat_map(|e| e.devices.values().map(|d| d.key)).collect();
+    let mut inner: BTreeSet<Prefix> = world.inner.clone();
+    inner.extend(members.get(&world.cluster).into_iter().flat_map(|own| own.owned.union(&own.tunnel)));
+    let mut devices = Devices { world, me, mtu, own_keys, inner, map: BTreeMap::new() };
 
     let ranges = |member: &MemberNodes| member.owned.union(&member.tunnel).copied().collect::<BTreeSet<_>>();
     let foreign: BTreeSet<Prefix> =
@@ -60,8 +66,11 @@ pub(crate) fn devices(
         devices.add(DeviceFamily::In, &world.cluster, name, station, allowed, findings);
     }
     if me.endpoint.rank.is_gateway() {
-        for (&cluster, stations) in stations.iter().filter(|(id, _)| **id != &world.cluster) {
-            let Some(member) = members.get(cluster) else { continue };
+        // In the order in which they were admitted: a key that two state is the first one's.
+        let mut others: Vec<_> = members.iter().filter(|(id, _)| **id != world.cluster).collect();
+        others.sort_by_key(|(id, member)| (member.serial, *id));
+        for (cluster, member) in others {
+            let Some(stations) = stations.get(cluster) else { continue };
             for (&name, station) in stations.iter().filter(|(_, s)| s.endpoint.rank.is_gateway()) {
                 devices.add(DeviceFamily::Out, cluster, name, station, ranges(member), findings);
             }
@@ -74,6 +83,10 @@ struct Devices<'a> {
     world: &'a NodeWorld,
     me: &'a Station<'a>,
     mtu: u16,
+    /// Of all nodes of this cluster, for all their devices.
+    own_keys: BTreeSet<WireguardKey>,
+    /// Where no other cluster's node can be.
+    inner: BTreeSet<Prefix>,
     map: BTreeMap<DeviceNumber, TunnelDevice>,
 }
 
@@ -96,13 +109,22 @@ impl Devices<'_> {
             findings.error("PeerDeviceMissing", format!("node {node}"), text);
             return;
         };
-        // WireGuard itself refuses a peer that bears its own key.
-        if self.me.endpoint.devices.get(&number).is_some_and(|mine| mine.key == device.key) {
-            let text = format!("states this node's own key for {theirs}; there is no tunnel to it");
+        // WireGuard itself refuses a peer that bears its own key; and what is ours nobody else speaks with.
+        let foreign = *cluster != self.world.cluster;
+        if self.me.endpoint.devices.values().any(|mine| mine.key == device.key)
+            || (foreign && self.own_keys.contains(&device.key))
+        {
+            let text = format!("states a key of this cluster's own for {theirs}; there is no tunnel to it");
             findings.error("KeyTwice", format!("node {node}"), text);
             return;
         }
-        let usable = |a: &&std::net::IpAddr| self.world.underlay.contains(&Family::of(**a));
+        // Handshakes go where others say: not to our own pods, services and nodes.
+        let ours = |a: IpAddr| foreign && self.inner.iter().any(|p| p.contains(a));
+        if let Some(address) = other.endpoint.candidates.iter().find(|a| ours(**a)) {
+            let text = format!("states that it is at {address}, which is this cluster's own; it is not tried there");
+            findings.warning("CandidateIsOurs", format!("node {node}"), text);
+        }
+        let usable = |a: &&IpAddr| self.world.underlay.contains(&Family::of(**a)) && !ours(**a);
         let candidates: Vec<SocketAddr> = other
             .endpoint
             .candidates

@@ -36,8 +36,10 @@ impl Station<'_> {
 /// The nodes of a cluster that count. Of two gateways of one rank only the lower name does.
 pub(crate) type Stations<'a> = BTreeMap<&'a NodeName, Station<'a>>;
 
-/// Judges what a cluster says of its nodes.
+/// Judges what a cluster says of its nodes. Of another cluster only gateways count (the topology `mesh` is not built
+/// yet), so that it cannot make every node here judge thousands.
 pub(crate) fn stations<'a>(
+    us: &ClusterId,
     cluster: &ClusterId,
     member: &'a MemberNodes,
     findings: &mut Findings,
@@ -55,6 +57,8 @@ pub(crate) fn stations<'a>(
                 continue;
             }
             ranks.insert(endpoint.rank, name);
+        } else if cluster != us {
+            continue;
         }
         count.insert(name, endpoint);
     }

@@ -11,6 +11,9 @@ use crate::merge::{Constituent, Exposed, Merged, expose, merge};
 use crate::object::{Import, ServiceKey};
 use crate::world::{ClusterWorld, Foreign};
 
+/// Services that one other cluster may have here.
+const MAX_FOREIGN: usize = 20_000;
+
 /// A derived service of this plan.
 #[derive(Debug)]
 pub(crate) struct Derived<'a> {
@@ -69,12 +72,21 @@ pub(crate) fn services<'a>(
     for (cluster, foreign) in sources.foreign() {
         let grant = foreign.member.membership.grant();
         let mut refused: BTreeSet<&Namespace> = BTreeSet::new();
+        let mut count = 0;
         for (key, export) in foreign.exports.iter().filter(|(key, _)| here(key)) {
             if grant.may_export(&key.namespace) {
+                count += 1;
+                if count > MAX_FOREIGN {
+                    continue;
+                }
                 parts.entry(key).or_default().insert(cluster, (export, grant.member_since));
             } else {
                 refused.insert(&key.namespace);
             }
+        }
+        if count > MAX_FOREIGN {
+            let text = format!("exports {count} services; only the first {MAX_FOREIGN} by name are imported");
+            findings.error("TooManyServices", format!("cluster {cluster}"), text);
         }
         for namespace in refused {
             let text =

@@ -16,6 +16,11 @@ const MAX: usize = 100;
 /// Slices of one shard and family.
 const PER_SHARD: u32 = 2048;
 
+/// Slices of one shard and family of another cluster: as many sets of target ports may its backends have.
+const PER_FOREIGN_SHARD: u32 = 64;
+/// Slices that one other cluster may have here.
+const MAX_FOREIGN: usize = 30_000;
+
 /// Plans the slices. A shard of a statement becomes one slice for each set of ports (and hundred backends): a slice
 /// changes when its shard does.
 pub(crate) fn slices(
@@ -27,6 +32,7 @@ pub(crate) fn slices(
 ) -> Objects<SliceKey, Slice> {
     let world = sources.world;
     let mut objects = Objects::default();
+    let mut counts: BTreeMap<&ClusterId, Count> = BTreeMap::new();
     for (service, derived) in services {
         let Some(import) = imports.set.get(service).or_else(|| existing.0.get(service)) else { continue };
         for (&cluster, exposed) in &derived.exposed {
@@ -40,6 +46,9 @@ pub(crate) fn slices(
                 let shards = foreign.backends.get(service).into_iter().flatten().map(|(n, s)| (*n, s));
                 (&foreign.member, shards.collect())
             };
+            let foreign = *cluster != world.cluster;
+            let per_shard = if foreign { PER_FOREIGN_SHARD } else { PER_SHARD };
+            let count = counts.entry(cluster).or_default();
             let mut outside = 0;
             for (number, shard) in shards.into_iter().filter(|(n, _)| *n < Backends::MAX_SHARDS) {
                 for &family in &import.families {
@@ -49,8 +58,14 @@ pub(crate) fn slices(
                         family,
                         index: number * PER_SHARD + index,
                     };
+                    if foreign && count.taken >= MAX_FOREIGN {
+                        count.lost = true;
+                        continue;
+                    }
                     let list = divide(shard, family, import, exposed, member, &mut outside);
-                    objects.set.extend((0..PER_SHARD).zip(list).map(|(index, slice)| (key(index), slice)));
+                    count.lost |= list.len() > per_shard as usize;
+                    count.taken += list.len().min(per_shard as usize);
+                    objects.set.extend((0..per_shard).zip(list).map(|(index, slice)| (key(index), slice)));
                 }
             }
             if outside > 0 {
@@ -58,12 +73,26 @@ pub(crate) fn slices(
             }
         }
     }
+    for (cluster, _) in counts.iter().filter(|(_, count)| count.lost) {
+        let text = format!(
+            "states more EndpointSlices than are made here (in all {MAX_FOREIGN} of a cluster, {PER_FOREIGN_SHARD} of a \
+             shard of backends with as many sets of target ports); the rest is not used"
+        );
+        findings.error("TooManySlices", format!("cluster {cluster}"), text);
+    }
     // What came from somebody who is not at hand stays, as long as its service does.
     let stays = |key: &&SliceKey| {
         services.contains_key(&key.service) && sources.unknown(&key.source, &key.service.namespace)
     };
     objects.keep = existing.1.iter().filter(stays).cloned().collect();
     objects
+}
+
+/// Of one cluster.
+#[derive(Default)]
+struct Count {
+    taken: usize,
+    lost: bool,
 }
 
 fn report(cluster: &ClusterId, service: &ServiceKey, outside: usize, findings: &mut Findings) {

@@ -1,5 +1,6 @@
 //! ClusterSetIPs that nodes of a directory balance themselves. Under Kubernetes derived Services do.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -23,35 +24,57 @@ pub(crate) fn is_vip(ranges: &ClustersetRanges, address: IpAddr) -> bool {
     inside && !ranges.resolvers().any(|resolver| resolver == address)
 }
 
-/// Plans where the connections of every VIP go: to ready backends of clusters that expose the port (mcs 20, 28).
-pub(crate) fn vips(
+/// The imports with only those ClusterSetIPs that are one: in this cluster's range, and of two imports that bear one
+/// address the lower name's. VIPs and names use the result (law 2). Under Kubernetes the API sees to that.
+pub(crate) fn honest<'a>(
     world: &NodeWorld,
-    imports: &BTreeMap<ServiceKey, Import>,
-    slices: &BTreeMap<SliceKey, Slice>,
+    imports: &'a BTreeMap<ServiceKey, Import>,
     findings: &mut Findings,
-) -> BTreeMap<Vip, Balance> {
-    let mut vips = BTreeMap::new();
-    let Some(ranges) = &world.clusterset else { return vips };
-    let mut by_service: BTreeMap<&ServiceKey, Vec<(&SliceKey, &Slice)>> = BTreeMap::new();
-    for (key, slice) in slices {
-        by_service.entry(&key.service).or_default().push((key, slice));
-    }
+) -> Cow<'a, BTreeMap<ServiceKey, Import>> {
+    let mut result = Cow::Borrowed(imports);
+    let Some(ranges) = &world.clusterset else { return result };
     let mut holders: BTreeMap<IpAddr, &ServiceKey> = BTreeMap::new();
     for (key, import) in imports.iter().filter(|(_, i)| i.kind == ServiceType::ClusterSetIP) {
-        let slices = by_service.get(key).map(Vec::as_slice).unwrap_or_default();
-        for &ip in &import.ips {
+        let mut good = |&ip: &IpAddr| {
             if !is_vip(ranges, ip) {
-                let text =
-                    format!("{ip} is not in this cluster's ClusterSetIP range; nothing is balanced there");
+                let text = format!("{ip} is not in this cluster's ClusterSetIP range; it is not used");
                 findings.error("ClusterSetIPOutsideRange", format!("serviceimport {key}"), text);
-                continue;
+                return false;
             }
             let holder = *holders.entry(ip).or_insert(key);
             if holder != key {
                 let text = format!("{ip} is already {holder}'s; it stays there");
                 findings.error("ClusterSetIPTwice", format!("serviceimport {key}"), text);
-                continue;
             }
+            holder == key
+        };
+        let ips: Vec<IpAddr> = import.ips.iter().copied().filter(&mut good).collect();
+        if ips.len() < import.ips.len()
+            && let Some(import) = result.to_mut().get_mut(key)
+        {
+            import.ips = ips;
+        }
+    }
+    result
+}
+
+/// Plans where the connections of every VIP go: to ready backends of clusters that expose the port (mcs 20, 28).
+pub(crate) fn vips(
+    world: &NodeWorld,
+    imports: &BTreeMap<ServiceKey, Import>,
+    slices: &BTreeMap<SliceKey, Slice>,
+) -> BTreeMap<Vip, Balance> {
+    let mut vips = BTreeMap::new();
+    if world.clusterset.is_none() {
+        return vips;
+    }
+    let mut by_service: BTreeMap<&ServiceKey, Vec<(&SliceKey, &Slice)>> = BTreeMap::new();
+    for (key, slice) in slices {
+        by_service.entry(&key.service).or_default().push((key, slice));
+    }
+    for (key, import) in imports.iter().filter(|(_, i)| i.kind == ServiceType::ClusterSetIP) {
+        let slices = by_service.get(key).map(Vec::as_slice).unwrap_or_default();
+        for &ip in &import.ips {
             for port in &import.ports {
                 let mut backends: BTreeSet<(IpAddr, u16)> = BTreeSet::new();
                 for (_, slice) in slices.iter().filter(|(k, _)| k.family == Family::of(ip)) {

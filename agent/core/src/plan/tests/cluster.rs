@@ -446,13 +446,60 @@ fn a_range_that_is_full_is_named() {
     let mut world = world();
     // Of eight addresses five are VIPs.
     world.clusterset = Some(ClustersetRanges { v4: Some("198.19.0.0/29".parse().unwrap()), v6: None });
-    for i in 0..6 {
-        world = with_us(world, &format!("b/s{i}"), us_export(&[80]), &[]);
+    for i in 0..8 {
+        let key = service(&format!("a/s{i}"));
+        known(&mut world.services).insert(key.clone(), local(&[80]));
+        known(&mut world.exports).insert(key, user_export(MEMBER_SINCE));
     }
     let (desired, findings) = plan(&world);
-    assert_eq!(findings, ["ClusterSetIPRangeFull", "ClusterSetIPRangeFull"]);
+    assert_eq!(findings, ["ClusterSetIPRangeFull"], "one, however many it concerns");
     let ips: BTreeSet<_> = desired.imports.get().unwrap().set.values().flat_map(|i| i.ips.clone()).collect();
     assert_eq!(ips.len(), 5);
+}
+
+#[test]
+fn a_flooder_does_not_take_everybodys_addresses() {
+    let mut world = world();
+    world.clusterset = Some(ClustersetRanges { v4: Some("198.19.0.0/28".parse().unwrap()), v6: None });
+    for i in 0..1000 {
+        world = with_us(world, &format!("a/s{i}"), us_export(&[80]), &[]);
+    }
+    // Its name comes last.
+    let mut as_ = foreign("as", 3);
+    as_.exports.insert(service("b/zz"), us_export(&[80]));
+    // And this one it shares with the flooder.
+    as_.exports.insert(service("a/s999"), us_export(&[80]));
+    world.foreign.insert(id("as"), as_);
+    let (desired, findings) = plan(&world);
+    assert_eq!(findings, ["ClusterSetIPShareFull"]);
+    let imports = &desired.imports.get().unwrap().set;
+    let has = |name: &str| !imports[&service(name)].ips.is_empty();
+    assert!(has("a/web") && has("b/zz") && has("a/s999"));
+    assert_eq!(imports.values().filter(|i| !i.ips.is_empty()).count(), 8 + 3);
+}
+
+#[test]
+fn a_hostile_member_makes_no_endless_services_and_slices() {
+    let mut flood = foreign("us", 2);
+    for i in 0..20_010 {
+        flood.exports.insert(service(&format!("b/s{i:05}")), us_export(&[80]));
+    }
+    // Each group has a target port of its own.
+    let groups = (0..1000_u16).map(|n| group(&[(80, 1000 + n)], &["10.2.1.1"])).collect::<Vec<_>>();
+    let shards: BTreeMap<u32, Backends> =
+        (1..=20).map(|shard| (shard, Backends { groups: groups.clone() })).collect();
+    for i in 0..30 {
+        flood.backends.insert(service(&format!("b/s{i:05}")), shards.clone());
+    }
+    let mut world = world();
+    world.foreign.insert(id("us"), flood);
+    let (desired, findings) = crate::plan::cluster(&world);
+    let reasons: Vec<&str> = findings.iter().map(|f| f.reason).collect();
+    assert_eq!(reasons, ["TooManyServices", "TooManySlices"]);
+    assert_eq!(desired.imports.get().unwrap().set.len(), 20_001);
+    let slices = &desired.slices.get().unwrap().set;
+    assert!(slices.len() <= 30_000 + 64);
+    assert!(slices.keys().any(|key| key.source == id("eu")), "the own ones are not touched");
 }
 
 fn any_backends() -> impl Strategy<Value = BTreeMap<u32, Backends>> {

@@ -25,7 +25,7 @@ fn plan(world: &NodeWorld) -> (NodeDesired, Vec<&'static str>) {
 fn member(cluster: u8) -> MemberNodes {
     let nodes = [(1, "gw1", 1), (2, "gw2", 2), (3, "w1", 0)];
     let nodes = nodes.map(|(host, name, rank)| (node(name), endpoint(cluster, host, name, rank)));
-    MemberNodes { owned: owned(cluster), tunnel: tunnel(cluster), nodes: nodes.into() }
+    MemberNodes { serial: cluster.into(), owned: owned(cluster), tunnel: tunnel(cluster), nodes: nodes.into() }
 }
 
 fn ranges() -> ClustersetRanges {
@@ -43,6 +43,7 @@ fn world(name: &str) -> NodeWorld {
         clusterset: Some(ranges()),
         underlay_mtu: 1500,
         underlay: Family::ALL.into(),
+        inner: nets(&["192.0.2.16/28"]),
         members: Known::Yes([(id("eu"), member(1)), (id("us"), member(2))].into()),
         imports: Known::Yes(BTreeMap::new()),
         slices: Known::Yes(BTreeMap::new()),
@@ -248,6 +249,7 @@ fn a_copied_key_does_not_cut_off_its_holder() {
     assert_eq!(findings, ["KeyTwice"]);
     let device = &devices(&desired)[&number(1)];
     let peer = &device.peers[&victim.devices[&number(1)].key];
+    assert_eq!(peer.node.cluster, id("us"), "who was admitted first");
     assert!(peer.allowed.contains(&net("10.2.0.0/16")));
     assert!(peer.candidates.contains(&"192.0.2.33:4511".parse().unwrap()));
 }
@@ -302,6 +304,7 @@ fn any_endpoint() -> impl Strategy<Value = Endpoint> {
 
 fn any_member(number: u8) -> impl Strategy<Value = MemberNodes> {
     prop::collection::btree_map("n[0-4]", any_endpoint(), 4..6).prop_map(move |nodes| MemberNodes {
+        serial: (number ^ 2).into(),
         owned: owned(number),
         tunnel: tunnel(number),
         nodes: nodes.into_iter().map(|(n, e)| (node(&n), Endpoint { node: node(&n), ..e })).collect(),
@@ -406,6 +409,12 @@ proptest! {
                 prop_assert!(Some(*key) != me.and_then(|me| me.devices.get(number)).map(|d| &d.key));
                 prop_assert!(peer.node.cluster != world.cluster || peer.node.node != world.node);
                 prop_assert!(peer.candidates.iter().all(|a| world.underlay.contains(&Family::of(a.ip()))));
+                if peer.node.cluster != world.cluster {
+                    let ours = |a: IpAddr| own.iter().chain(&world.inner).any(|p| p.contains(a));
+                    prop_assert!(!peer.candidates.iter().any(|c| ours(c.ip())), "sends handshakes to itself");
+                    let own_keys = members.get(&world.cluster).into_iter().flat_map(|m| m.nodes.values());
+                    prop_assert!(!own_keys.flat_map(|e| e.devices.values()).any(|d| d.key == **key));
+                }
                 let stated = &members[&peer.node.cluster].nodes[&peer.node.node];
                 prop_assert_eq!(stated.rank, number.rank());
                 for p in &peer.allowed {
@@ -457,7 +466,7 @@ proptest! {
     fn pairs_agree(ranks in prop::collection::vec((0_usize..3, 0_u8..4), 1..10)) {
         let names = ["as", "eu", "us"];
         let mut members: BTreeMap<ClusterId, MemberNodes> = (0..3_u8)
-            .map(|i| (id(names[usize::from(i)]), MemberNodes { owned: owned(i), tunnel: tunnel(i), nodes: BTreeMap::new() }))
+            .map(|i| (id(names[usize::from(i)]), MemberNodes { serial: i.into(), owned: owned(i), tunnel: tunnel(i), nodes: BTreeMap::new() }))
             .collect();
         for (host, (cluster, rank)) in ranks.into_iter().enumerate() {
             let host = u8::try_from(host).unwrap() + 1;
@@ -485,13 +494,68 @@ proptest! {
 fn findings_are_bounded() {
     let mut world = world("gw1");
     let Known::Yes(members) = &mut world.members else { unreachable!() };
-    let us = members.get_mut(&id("us")).unwrap();
+    let us = members.get_mut(&id("eu")).unwrap();
     for host in 0..2000 {
         let name: NodeName = node(&format!("bad{host}"));
         us.nodes.insert(
             name.clone(),
-            Endpoint { node: name, prefixes: nets(&["192.168.0.0/16"]), ..endpoint(2, 9, "x", 0) },
+            Endpoint { node: name, prefixes: nets(&["192.168.0.0/16"]), ..endpoint(1, 9, "x", 0) },
         );
     }
     assert_eq!(plan(&world).1.len(), 500);
+}
+
+#[test]
+fn thousands_of_foreign_nodes_are_not_judged_on_every_node() {
+    let mut world = world("gw1");
+    let plain = plan(&world).0;
+    let Known::Yes(members) = &mut world.members else { unreachable!() };
+    let us = members.get_mut(&id("us")).unwrap();
+    for host in 0..20_000 {
+        let name: NodeName = node(&format!("a{host}"));
+        us.nodes.insert(name.clone(), Endpoint { node: name, ..endpoint(2, 1, "x", 0) });
+    }
+    assert_eq!(plan(&world), (plain, Vec::new()));
+}
+
+#[test]
+fn a_foreign_candidate_of_ours_gets_no_handshakes() {
+    let mut world = world("gw1");
+    let Known::Yes(members) = &mut world.members else { unreachable!() };
+    let us = members.get_mut(&id("us")).unwrap();
+    let gateway = us.nodes.get_mut(&node("gw1")).unwrap();
+    // An own node, an own pod, an own tunnel address, and its own pod range, which is its own affair (a flat network).
+    gateway.candidates = ["192.0.2.17", "10.1.3.9", "198.18.1.3", "10.2.0.9"].map(ip).to_vec();
+    let (desired, findings) = plan(&world);
+    assert_eq!(findings, ["CandidateIsOurs"]);
+    let peers = &devices(&desired)[&number(1)].peers;
+    assert_eq!(peers.values().next().unwrap().candidates, ["10.2.0.9:4511".parse().unwrap()]);
+}
+
+#[test]
+fn own_keys_stay_ours_for_every_device() {
+    let mut world = world("gw1");
+    let stolen = endpoint(1, 2, "gw2", 2).devices[&number(5)];
+    let Known::Yes(members) = &mut world.members else { unreachable!() };
+    let us = members.get_mut(&id("us")).unwrap();
+    us.nodes.get_mut(&node("gw1")).unwrap().devices.insert(number(1), stolen);
+    let (desired, findings) = plan(&world);
+    assert_eq!(findings, ["KeyTwice"]);
+    assert!(!devices(&desired).contains_key(&number(1)));
+}
+
+#[test]
+fn names_answer_no_address_that_is_not_a_vip() {
+    let mut world = world("w1");
+    let imports = [
+        (service("a/web"), import(&[port("", 80)], &["198.19.0.9"])),
+        (service("b/bad"), import(&[port("", 80)], &["198.19.0.1", "10.0.0.1", "198.19.0.9"])),
+    ];
+    world.imports = Known::Yes(imports.into());
+    let good = [
+        (service("a/web"), import(&[port("", 80)], &["198.19.0.9"])),
+        (service("b/bad"), import(&[port("", 80)], &[])),
+    ];
+    let expected = crate::zone::Zone::build(&good.into(), &BTreeMap::new());
+    assert_eq!(plan(&world).0.zone, Section::Set(expected));
 }
