@@ -107,7 +107,7 @@ impl Node {
             verifier.set_addresses(&underlay.addresses);
             let members = verifier.verify(&now);
             let announced = self.announce(&now, &underlay, members.get()).await;
-            let clean = match self.world(&now, &underlay, &members) {
+            let clean = match Self::world(&self.name, &now, &underlay, &members) {
                 Some((world, findings)) => {
                     let (current, findings) = match planned.take() {
                         Some((planned, old)) if planned.world == world && old == findings => (planned, old),
@@ -209,8 +209,9 @@ impl Node {
         true
     }
 
-    fn world(
-        &self,
+    /// What the plan of node `name` is made from, and what is wrong with it; none of a cluster that is no member.
+    pub fn world(
+        name: &NodeName,
         observed: &Observed,
         underlay: &Underlay,
         members: &Known<Arc<Members>>,
@@ -225,7 +226,7 @@ impl Node {
         inner.extend(underlay.addresses.iter().filter_map(|a| Prefix::host(*a).ok()));
         let world = NodeWorld {
             cluster: clusterset.cluster.clone(),
-            node: self.name.clone(),
+            node: name.clone(),
             reach,
             clusterset: Some(clusterset.clusterset),
             underlay_mtu: underlay.mtu,
