@@ -11,6 +11,7 @@ pub mod finding;
 pub mod keep;
 pub mod known;
 pub mod lease;
+pub mod liveness;
 pub mod merge;
 pub mod object;
 pub mod plan;
