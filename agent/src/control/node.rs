@@ -183,7 +183,12 @@ impl Node {
     }
 
     /// Says what this node is, where the cluster's controller reads it. False if that failed.
-    async fn announce(&self, observed: &Observed, underlay: &Underlay, members: Option<&Arc<Members>>) -> bool {
+    async fn announce(
+        &self,
+        observed: &Observed,
+        underlay: &Underlay,
+        members: Option<&Arc<Members>>,
+    ) -> bool {
         let Some(tunnel_nodes) = observed.tunnel_nodes.get() else { return true };
         let Known::Yes(Some(clusterset)) = &observed.clusterset else { return true };
         let Some(nodes) = observed.nodes.get() else { return true };
@@ -399,16 +404,18 @@ mod tests {
             clusterset: Known::Yes(None),
             members: Known::Yes(BTreeMap::new()),
             member_nodes: Known::Yes(BTreeMap::new()),
-            nodes: Known::Yes([(
-                mtu.parse().unwrap(),
-                tombolo_agent_core::object::Node {
-                    gateway: false,
-                    ready: true,
-                    pod_cidrs: BTreeSet::new(),
-                    addresses: Vec::new(),
-                },
-            )]
-            .into()),
+            nodes: Known::Yes(
+                [(
+                    mtu.parse().unwrap(),
+                    tombolo_agent_core::object::Node {
+                        gateway: false,
+                        ready: true,
+                        pod_cidrs: BTreeSet::new(),
+                        addresses: Vec::new(),
+                    },
+                )]
+                .into(),
+            ),
             imports: Known::Yes(BTreeMap::new()),
             slices: Known::Yes(BTreeMap::new()),
             ..Observed::default()

@@ -184,7 +184,9 @@ impl Pool {
             IpAddr::V4(a) => u128::from(u32::from(a)),
             IpAddr::V6(a) => u128::from(a),
         };
-        let Some(offset) = number.checked_sub(self.first).filter(|offset| *offset < self.size) else { return };
+        let Some(offset) = number.checked_sub(self.first).filter(|offset| *offset < self.size) else {
+            return;
+        };
         let before = self.runs.range(..=offset).next_back().map(|(a, b)| (*a, *b));
         if before.is_some_and(|(_, last)| last >= offset) {
             return;

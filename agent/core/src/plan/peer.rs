@@ -121,7 +121,8 @@ impl Devices<'_> {
         // Handshakes go where others say: not to our own pods, services and nodes.
         let ours = |a: IpAddr| foreign && self.inner.iter().any(|p| p.contains(a));
         if let Some(address) = other.endpoint.candidates.iter().find(|a| ours(**a)) {
-            let text = format!("states that it is at {address}, which is this cluster's own; it is not tried there");
+            let text =
+                format!("states that it is at {address}, which is this cluster's own; it is not tried there");
             findings.warning("CandidateIsOurs", format!("node {node}"), text);
         }
         let usable = |a: &&IpAddr| self.world.underlay.contains(&Family::of(**a)) && !ours(**a);

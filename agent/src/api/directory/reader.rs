@@ -136,6 +136,15 @@ impl Half {
         self.endings().iter().any(|ending| path.ends_with(ending))
     }
 
+    /// Whether we make this object again, just as it was, when it is damaged.
+    fn is_made_anew(self, path: &str) -> bool {
+        let kind = match self {
+            Self::Manifests => return false,
+            Self::State => state_id(path).map(|id| id.kind),
+        };
+        matches!(kind, Ok(Kind::EndpointSlice | Kind::TunnelNode | Kind::Lease | Kind::Secret))
+    }
+
     fn place(self, path: &str) -> String {
         let half = match self {
             Self::Manifests => MANIFESTS,
@@ -256,7 +265,8 @@ impl Side {
             Err(error) => {
                 let items = self.last_good(path, &place);
                 // Whoever put a link or a monster here is told; a disk that fails says nothing of what it holds.
-                let lost = items.is_empty() && matches!(error, ReadError::Io(_)) && !self.was_read(path);
+                let io = matches!(error, ReadError::Io(_));
+                let lost = io && items.is_empty() && !self.was_read(path) && !self.half.is_made_anew(path);
                 let mut findings = vec![error.problem().on(format!("file {place}"), &place)];
                 kept(&mut findings, !items.is_empty());
                 self.files
@@ -282,8 +292,10 @@ impl Side {
                 }
             }
             kept(&mut parsed.findings, parsed.items.len() > before);
-            // Manifests are people's, and a new mistake takes nothing away; objects of ours were whole once.
-            lost = self.half == Half::State && !parsed.failed.is_empty() && parsed.items.is_empty();
+            // Manifests are people's, and a new mistake takes nothing away; objects of ours were whole once, and
+            // creation times, addresses and ranks stand nowhere else.
+            let nothing = parsed.items.is_empty() && !parsed.failed.is_empty();
+            lost = self.half == Half::State && nothing && !self.half.is_made_anew(path);
         }
         let young = stamp.age() < GRAIN || stamp.is_ahead();
         let content =

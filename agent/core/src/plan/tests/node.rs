@@ -25,7 +25,12 @@ fn plan(world: &NodeWorld) -> (NodeDesired, Vec<&'static str>) {
 fn member(cluster: u8) -> MemberNodes {
     let nodes = [(1, "gw1", 1), (2, "gw2", 2), (3, "w1", 0)];
     let nodes = nodes.map(|(host, name, rank)| (node(name), endpoint(cluster, host, name, rank)));
-    MemberNodes { serial: cluster.into(), owned: owned(cluster), tunnel: tunnel(cluster), nodes: nodes.into() }
+    MemberNodes {
+        serial: cluster.into(),
+        owned: owned(cluster),
+        tunnel: tunnel(cluster),
+        nodes: nodes.into(),
+    }
 }
 
 fn ranges() -> ClustersetRanges {

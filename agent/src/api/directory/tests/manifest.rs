@@ -138,6 +138,55 @@ fn the_last_good_value_stays_over_a_restart() {
 }
 
 #[test]
+fn a_half_read_directory_is_unknown() {
+    let temporary = TempDir::new().unwrap();
+    let name = "d".repeat(250);
+    let long = (0..12).fold(temporary.path().to_owned(), |path, _| path.join(&name));
+    std::fs::create_dir_all(&long).unwrap();
+    let directory = Directory::create(long.join("cluster")).unwrap();
+    put(&directory, "a.yaml", service("a"));
+    assert_eq!(names(&directory.read()), ["a"]);
+    // Root too cannot list a directory whose path is too long.
+    let deep = (0..7).fold(temporary.path().join("deep"), |path, _| path.join(&name));
+    std::fs::create_dir_all(&deep).unwrap();
+    let mut running = Reader::new(directory.root());
+    running.scan(&BTreeSet::new());
+    let unreadable = directory.root().join(MANIFESTS).join("team");
+    std::fs::rename(temporary.path().join("deep").join(&name), &unreadable).unwrap();
+
+    let observed = directory.read();
+    assert!(!observed.services.is_known() && !observed.exports.is_known(), "part of it is not all of it");
+    assert!(observed.findings.iter().any(|f| f.reason == "DirectoryIncomplete"));
+    running.scan(&BTreeSet::new());
+    assert_eq!(names(&running.observed()), ["a"], "who knew it before goes on");
+    let mut started = Reader::new(directory.root());
+    assert!(started.scan(&BTreeSet::new()), "looks again soon");
+    std::fs::rename(&unreadable, temporary.path().join("away")).unwrap();
+    started.scan(&BTreeSet::new());
+    assert_eq!(names(&started.observed()), ["a"]);
+}
+
+#[tokio::test]
+async fn a_damaged_object_of_ours_is_not_one_that_is_gone() {
+    let (_temporary, directory) = directory();
+    put(&directory, "a.yaml", service("a") + "---\n" + &export("a"));
+    directory.stamp_exports(1000).await.unwrap();
+    assert_eq!(directory.read().exports.get().unwrap()[&key("production/a")].created, 1000);
+    let path = directory.root().join(STATE).join(reader::state_path(&ObjectId {
+        kind: Kind::ServiceExport,
+        namespace: Some("production".parse().unwrap()),
+        name: kind::ObjectName::new("a").unwrap(),
+    }));
+    let good = std::fs::read(&path).unwrap();
+    std::fs::write(&path, "half an obj").unwrap();
+    let observed = directory.read();
+    assert!(!observed.exports.is_known(), "it would be made anew, and younger than it is");
+    assert!(!observed.members.is_known());
+    std::fs::write(&path, good).unwrap();
+    assert_eq!(directory.read().exports.get().unwrap()[&key("production/a")].created, 1000);
+}
+
+#[test]
 fn order_does_not_matter() {
     let documents = [
         service("a"),

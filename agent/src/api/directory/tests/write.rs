@@ -507,6 +507,7 @@ async fn the_cache_gives_back_what_was_observed() {
     assert_eq!(loaded.imports, observed.imports);
     assert_eq!(loaded.slices, observed.slices);
     assert_eq!(loaded.clusterset, observed.clusterset);
+    assert_eq!(loaded.nodes, observed.nodes);
     assert_eq!(loaded.services, Known::No);
     std::fs::write(state_dir.join("world.json"), "{\"apiVersion\": ").unwrap();
     let mut cache = Cache::new(&state_dir);
