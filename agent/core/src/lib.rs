@@ -8,6 +8,7 @@ pub mod bucket;
 pub mod desired;
 pub mod diff;
 pub mod finding;
+pub mod hello;
 pub mod keep;
 pub mod known;
 pub mod lease;

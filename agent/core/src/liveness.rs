@@ -199,7 +199,7 @@ impl Peer {
 
     fn handle_counters(&mut self, now: Duration, new: Counters) {
         let Some(old) = self.counters.replace(new) else { return };
-        let grown = |new: u64, old: u64| new.checked_sub(old).unwrap_or_default();
+        let grown = |new: u64, old: u64| new.saturating_sub(old);
         let (sent, received) = (grown(new.sent, old.sent), grown(new.received, old.received));
         let echoes =
             |bytes: u64| new.echo > 0 && bytes.is_multiple_of(new.echo) && bytes / new.echo <= MAX_ECHOES;
