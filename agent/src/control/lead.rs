@@ -14,10 +14,12 @@ use super::cluster::{self, Outcome};
 use crate::admin::Shown;
 use crate::api::{self, ClusterApi, Version, Versioned};
 
+const READING: usize = 0;
+const WRITING: usize = 1;
 /// After the controller failed, before it is started again.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Says whether the lead is held now: asked before every signature and every pass of writes.
+/// Says whether the lead is held now: asked before every signature and every write.
 #[derive(Clone)]
 pub struct Fence {
     start: Instant,
@@ -56,6 +58,8 @@ struct Contest {
     leading: Option<Leading>,
     /// Not to be started again before.
     not_before: Duration,
+    /// The last problem of reading and of writing the Lease that was told, until it is over.
+    told: [Option<String>; 2],
     stop: CancellationToken,
 }
 
@@ -77,6 +81,7 @@ pub async fn run(
         fence: Fence::new(start),
         leading: None,
         not_before: Duration::ZERO,
+        told: [None, None],
         stop: stop.clone(),
     };
     contest.shown.metrics.leader.set(0);
@@ -173,10 +178,15 @@ impl Contest {
                         self.lease.handle_read(seen, self.start.elapsed());
                     }
                     Err(problem) => {
-                        debug!("the Lease cannot be read: {problem}");
+                        self.complain(
+                            READING,
+                            format!("the Lease cannot be read, so nobody can lead: {problem}"),
+                        );
                         self.lease.handle_failed(self.start.elapsed());
+                        return;
                     }
                 }
+                self.told[READING] = None;
                 return;
             }
             Action::Acquire { epoch, expect } => {
@@ -200,14 +210,25 @@ impl Contest {
         let now = self.start.elapsed();
         match outcome {
             Ok(written) => {
+                self.told[WRITING] = None;
                 self.lease.handle_written(seen(&written), now);
                 self.fence.set(begun + self.timing.renew_deadline);
             }
             Err(api::Error::Conflict { .. }) => self.lease.handle_failed(now),
             Err(problem) => {
-                warn!("the Lease cannot be written: {problem}");
+                self.complain(WRITING, format!("the Lease cannot be written: {problem}"));
                 self.lease.handle_failed(now);
             }
+        }
+    }
+
+    /// Warns, once for each new problem.
+    fn complain(&mut self, of: usize, problem: String) {
+        if self.told[of].as_ref() != Some(&problem) {
+            warn!("{problem}; retrying");
+            self.told[of] = Some(problem);
+        } else {
+            debug!("{problem}");
         }
     }
 

@@ -1,9 +1,11 @@
 //! The agent's loops: the node's, and the controller's while this agent leads.
 
 pub mod cluster;
+mod keep;
 pub mod lead;
 pub mod node;
 pub mod session;
+mod tell;
 
 use std::process::ExitCode;
 use std::sync::Arc;

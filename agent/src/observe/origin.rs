@@ -9,9 +9,9 @@ use tombolo_agent_core::world::Foreign;
 use tombolo_proto::model::{
     Backends, ClusterId, Export, Namespace, Prefix, Record, Scope, ServiceName, record_kind,
 };
-use tombolo_proto::trust::{Effective, Member, effective};
+use tombolo_proto::trust::{Effective, Grant, Member, Membership, Revocations, Verified, effective};
 use tombolo_proto::wire::{decode_backends, decode_export};
-use tombolo_replica::{OriginState, Replica, ScopeRecords};
+use tombolo_replica::{Interest, OriginState, Replica, ScopeRecords};
 
 use super::member::endpoints;
 
@@ -29,9 +29,47 @@ pub struct Reader {
     read: BTreeMap<(ClusterId, Scope), (Arc<ScopeRecords>, Read)>,
 }
 
+/// A replica at one moment: taken out in one step, and read while sessions go on.
+#[derive(Clone)]
+pub struct View {
+    memberships: Vec<Membership>,
+    revocations: Option<Verified<Revocations>>,
+    interest: Interest,
+    /// What every cluster says.
+    pub states: BTreeMap<ClusterId, Arc<OriginState>>,
+}
+
+impl View {
+    /// Of a replica. Records are shared, not copied.
+    pub fn of(replica: &Replica) -> Self {
+        Self {
+            memberships: replica.memberships().cloned().collect(),
+            revocations: replica.revocations().cloned(),
+            interest: replica.interest().clone(),
+            states: replica.origins().map(|(c, s)| (c.clone(), s.clone())).collect(),
+        }
+    }
+
+    /// The newest membership of a cluster that is not revoked.
+    pub fn newest(&self, cluster: &ClusterId) -> Option<&Membership> {
+        let own = self.memberships.iter().filter(|m| m.cluster() == cluster);
+        own.max_by_key(|m| m.grant().serial)
+    }
+
+    /// A membership by its serial.
+    pub fn membership(&self, cluster: &ClusterId, serial: u64) -> Option<&Membership> {
+        self.memberships.iter().find(|m| m.cluster() == cluster && m.grant().serial == serial)
+    }
+
+    /// Whether the administrator ended a grant.
+    pub fn revokes(&self, grant: &Grant) -> bool {
+        self.revocations.as_ref().is_some_and(|list| list.revokes(grant))
+    }
+}
+
 /// Own and other clusters as the plan wants them.
 pub struct Origins {
-    /// The own cluster; None if it is revoked.
+    /// The own cluster; None if its membership is not known, or revoked.
     pub own: Option<Member>,
     /// All others that have spoken.
     pub foreign: BTreeMap<ClusterId, Foreign>,
@@ -42,19 +80,19 @@ pub struct Origins {
 }
 
 impl Reader {
-    /// Reads all that is new in the replica.
-    pub fn read(&mut self, replica: &Replica, us: &ClusterId, ours: &BTreeSet<Prefix>) -> Origins {
+    /// Reads all that is new.
+    pub fn read(&mut self, view: &View, us: &ClusterId, ours: &BTreeSet<Prefix>) -> Origins {
         let Effective { mut members, refused } =
-            effective(replica.memberships(), replica.revocations().map(|r| &**r), Some(us), ours);
+            effective(&view.memberships, view.revocations.as_deref(), Some(us), ours);
         let mut findings: Vec<Finding> = refused.iter().map(super::member::refused_finding).collect();
         let own = members.remove(us);
         let mut foreign = BTreeMap::new();
         let mut silent = BTreeSet::new();
         let mut live = BTreeSet::new();
         for (cluster, member) in members {
-            match replica.origin(&cluster) {
+            match view.states.get(&cluster) {
                 Some(state) => {
-                    let missing = missing(replica, state);
+                    let missing = missing(&view.interest, state);
                     let found = self.foreign(&cluster, member, state, missing, &mut live, &mut findings);
                     foreign.insert(cluster, found);
                 }
@@ -116,11 +154,11 @@ fn whole(records: &ScopeRecords) -> Vec<Record> {
 }
 
 /// Namespaces that are wanted and stated, and not here yet.
-fn missing(replica: &Replica, state: &OriginState) -> BTreeSet<Namespace> {
+fn missing(interest: &Interest, state: &OriginState) -> BTreeSet<Namespace> {
     state
         .leaves()
         .keys()
-        .filter(|scope| replica.interest().wants(scope) && state.records(scope).is_none())
+        .filter(|scope| interest.wants(scope) && state.records(scope).is_none())
         .filter_map(|scope| match scope {
             Scope::Namespace(namespace) => Some(namespace.clone()),
             Scope::Nodes => None,
