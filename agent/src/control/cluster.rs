@@ -479,3 +479,6 @@ fn stated(
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

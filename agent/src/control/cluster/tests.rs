@@ -1,0 +1,315 @@
+//! The controller on a directory, as it runs; what it says goes nowhere, since the set has no broker.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tombolo_agent_core::known::Known;
+use tombolo_agent_core::object::TunnelNode;
+use tombolo_agent_core::world::{ClustersetRanges, Reach};
+use tombolo_proto::model::{ClusterId, NodeName, Position, Record, RecordKey};
+use tombolo_proto::testing::{binding, cluster, grant, key, membership, set};
+use tombolo_proto::trust::{Membership, Revocations, SigningKey};
+use tombolo_proto::wire::{decode_endpoint, decode_grant, decode_statement};
+use tombolo_replica::verify_nodes;
+
+use crate::admin::Shown;
+use crate::api::directory::{Directory, MANIFESTS, STATE};
+use crate::api::{ClusterApi, ClusterSet, Member};
+use crate::control::lead;
+
+struct Bench {
+    _temporary: TempDir,
+    directory: Directory,
+    shown: Arc<Shown>,
+}
+
+struct Running {
+    task: JoinHandle<anyhow::Result<()>>,
+    stop: DropGuard,
+}
+
+impl Running {
+    async fn end(self) {
+        drop(self.stop);
+        self.task.await.unwrap().unwrap();
+    }
+}
+
+fn eu() -> ClusterId {
+    cluster("eu")
+}
+
+/// A membership of `eu` whose key is the one of `seed`.
+fn ours(serial: u64, seed: u8) -> (Membership, SigningKey) {
+    let (root, roots) = set();
+    let key = key(seed);
+    let grant = grant("eu", serial, &["10.1.0.0/16"], key.public());
+    let first = binding(&grant, 0, key.public()).sign(&key);
+    (Membership::verify(&roots, &grant.sign(&root), &[first]).unwrap(), key)
+}
+
+fn object(membership: &Membership) -> Member {
+    Member {
+        grant: membership.grant().envelope().clone(),
+        bindings: membership.bindings().iter().map(|b| b.envelope().clone()).collect(),
+        spoken: None,
+        statement: None,
+        namespaces: None,
+    }
+}
+
+impl Bench {
+    /// A directory of cluster `eu`, joined by a grant of serial 1.
+    fn new() -> Self {
+        let temporary = TempDir::new().unwrap();
+        let directory = Directory::create(temporary.path().join("cluster")).unwrap();
+        let bench = Self { _temporary: temporary, directory, shown: Shown::new() };
+        bench.put("ns.yaml", "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: production\n");
+        for (number, name) in ["a", "b", "c", "d"].into_iter().enumerate() {
+            bench.put(
+                &format!("node-{name}.yaml"),
+                &format!(
+                    "apiVersion: v1\nkind: Node\nmetadata:\n  name: {name}\nspec:\n  podCIDRs: [10.1.{number}.0/24]\n\
+                     status:\n  addresses:\n  - type: InternalIP\n    address: 192.0.2.{}\n",
+                    number + 1
+                ),
+            );
+        }
+        bench.join(1, 40);
+        bench
+    }
+
+    fn put(&self, file: &str, text: &str) {
+        std::fs::write(self.directory.root().join(MANIFESTS).join(file), text).unwrap();
+    }
+
+    fn export(&self) {
+        self.put(
+            "api.yaml",
+            "apiVersion: v1\nkind: Service\nmetadata: {name: api, namespace: production}\nspec:\n  ports: [{port: 80}]\n---\n\
+             apiVersion: multicluster.x-k8s.io/v1beta1\nkind: ServiceExport\nmetadata: {name: api, namespace: production}\n---\n\
+             apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\n\
+             metadata: {name: api-1, namespace: production, labels: {kubernetes.io/service-name: api}}\n\
+             ports: [{port: 8080, name: \"\", protocol: TCP}]\nendpoints: [{addresses: [10.1.0.7], conditions: {ready: true}}]\n",
+        );
+    }
+
+    fn join(&self, serial: u64, seed: u8) {
+        let (_, roots) = set();
+        let (membership, key) = ours(serial, seed);
+        let known = self.directory.read_clusterset().unwrap().map(|known| known.value);
+        let set = known.unwrap_or_else(|| ClusterSet {
+            set: roots.set(),
+            cluster: eu(),
+            roots: roots.envelopes().cloned().collect(),
+            brokers: None,
+            revocations: None,
+            reach: Reach::Exports,
+            clusterset: ClustersetRanges { v4: Some("198.19.0.0/16".parse().unwrap()), v6: None },
+            reserved: BTreeSet::new(),
+        });
+        self.directory.join(&set, &key, &object(&membership)).unwrap();
+    }
+
+    async fn tunnel_node(&self, name: &str) {
+        let value =
+            TunnelNode { devices: BTreeMap::new(), candidates: Vec::new(), prefixes: BTreeSet::new() };
+        self.directory.write_tunnel_node(&NodeName::new(name).unwrap(), &value).await.unwrap();
+    }
+
+    async fn revoke(&self, version: u64, entries: &[(&str, u64)]) {
+        let (root, roots) = set();
+        let up_to = entries.iter().map(|&(name, serial)| (cluster(name), serial)).collect();
+        let mut known = self.directory.clusterset().await.unwrap().unwrap();
+        known.value.revocations = Some(Revocations { set: roots.set(), version, up_to }.sign(&root));
+        self.directory.write_clusterset(&known.value, Some(&known.version)).await.unwrap();
+    }
+
+    /// An agent that contends for the lead, as in a process of its own.
+    fn lead(&self) -> Running {
+        let api = Arc::new(Directory::open(self.directory.root()).unwrap());
+        let stop = CancellationToken::new();
+        let task = lead::run(api, "a".to_owned(), self.shown.clone(), stop.clone());
+        Running { task: tokio::spawn(task), stop: stop.drop_guard() }
+    }
+
+    fn member(&self) -> Option<(Member, BTreeMap<RecordKey, Record>)> {
+        let observed = self.directory.read();
+        let member = observed.members.get()?.get(&eu())?.clone();
+        Some((member, observed.member_nodes.get()?.get(&eu()).cloned().unwrap_or_default()))
+    }
+
+    fn position(&self) -> Option<Position> {
+        Some(decode_statement(&self.member()?.0.statement?.payload).unwrap().position)
+    }
+
+    /// Who reads only the Member and its nodes can check them.
+    fn is_whole(&self) -> bool {
+        let Some((Member { statement: Some(statement), namespaces: Some(namespaces), .. }, nodes)) =
+            self.member()
+        else {
+            return false;
+        };
+        let statement = decode_statement(&statement.payload).unwrap();
+        verify_nodes(&statement, &namespaces, nodes.values())
+    }
+
+    fn tunnels(&self) -> BTreeMap<String, Ipv4Addr> {
+        let (_, nodes) = self.member().unwrap();
+        let endpoint = |record: &Record| {
+            let name = record.key.name()[0].to_string();
+            let endpoint = decode_endpoint(NodeName::new(&name).unwrap(), &record.body).unwrap();
+            (name, endpoint.tunnel_v4.unwrap())
+        };
+        nodes.values().map(endpoint).collect()
+    }
+
+    fn imports(&self) -> usize {
+        self.directory.read().imports.get().map_or(0, BTreeMap::len)
+    }
+
+    fn found(&self, reason: &str) -> bool {
+        self.shown.cluster_findings.load().iter().any(|f| f.reason == reason)
+    }
+}
+
+/// Waits for a condition; panics with `what`.
+async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < deadline, "timed out: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn nodes_that_come_together_keep_their_tunnel_addresses() {
+    let bench = Bench::new();
+    let running = bench.lead();
+    until("it has spoken", || bench.position().is_some()).await;
+    let mut given: BTreeMap<String, Ipv4Addr> = BTreeMap::new();
+    // Later names first: an address given anew in order of names would move. Each comes as soon as the one before
+    // is on the disk, which is before the controller can have seen there what it wrote itself.
+    for name in ["d", "c", "b", "a"] {
+        bench.tunnel_node(name).await;
+        until("it has an address", || bench.tunnels().contains_key(name)).await;
+        let now = bench.tunnels();
+        for (name, address) in &given {
+            assert_eq!(now[name], *address, "{name} moved: {given:?}, {now:?}");
+        }
+        given = now;
+    }
+    assert_eq!(given["d"], Ipv4Addr::new(198, 18, 1, 1), "the first that came got the first: {given:?}");
+    running.end().await;
+}
+
+#[tokio::test]
+async fn a_newer_grant_is_spoken_under_at_once() {
+    let bench = Bench::new();
+    let running = bench.lead();
+    until("it has spoken", || bench.position().is_some()).await;
+    bench.join(2, 40);
+    until("it speaks under the newer grant", || bench.position().is_some_and(|p| p.serial == 2)).await;
+    let (member, _) = bench.member().unwrap();
+    assert_eq!(decode_grant(&member.grant.payload).unwrap().serial, 2);
+    assert_eq!(member.spoken, None);
+    assert!(bench.is_whole());
+    running.end().await;
+}
+
+#[tokio::test]
+async fn a_newer_grant_with_another_key_and_after_revocation() {
+    let bench = Bench::new();
+    let running = bench.lead();
+    until("it has spoken", || bench.position().is_some()).await;
+    bench.join(2, 41);
+    until("it speaks with the new key", || bench.position().is_some_and(|p| p.serial == 2)).await;
+    bench.revoke(1, &[("eu", 2)]).await;
+    until("it is no member", || bench.found("NotAMember")).await;
+    bench.join(3, 42);
+    until("it is one again", || bench.position().is_some_and(|p| p.serial == 3)).await;
+    until("all is well", || !bench.found("NotAMember")).await;
+    running.end().await;
+}
+
+#[tokio::test]
+async fn a_torn_member_is_mended() {
+    let bench = Bench::new();
+    let running = bench.lead();
+    bench.tunnel_node("a").await;
+    until("it has spoken", || bench.is_whole() && bench.tunnels().len() == 1).await;
+    let (mut member, nodes) = bench.member().unwrap();
+    member.namespaces = Some(tombolo_proto::trust::record_hash(b"of another statement"));
+    bench.directory.write_member(&eu(), &member, &nodes).await.unwrap();
+    assert!(!bench.is_whole());
+    until("it is whole again", || bench.is_whole()).await;
+    running.end().await;
+}
+
+#[tokio::test]
+async fn only_the_administrator_ends_a_member() {
+    let bench = Bench::new();
+    bench.export();
+    let running = bench.lead();
+    until("the export is imported", || bench.imports() == 1).await;
+    running.end().await;
+    // Somebody else's membership stands there: damage, not a revocation.
+    let (stranger, _) = membership("us", 7, &["10.7.0.0/16"]);
+    let good = bench.member().unwrap();
+    bench.directory.write_member(&eu(), &object(&stranger), &BTreeMap::new()).await.unwrap();
+    let running = bench.lead();
+    until("it is told", || bench.found("NotAMember")).await;
+    assert_eq!(bench.imports(), 1);
+    running.end().await;
+    let file = bench.directory.root().join(STATE).join("members.tombolo.dev/_/eu.json");
+    std::fs::remove_file(file).unwrap();
+    bench.directory.write_member(&eu(), &good.0, &good.1).await.unwrap();
+    let running = bench.lead();
+    until("it speaks again", || !bench.found("NotAMember") && bench.is_whole()).await;
+    bench.revoke(1, &[("eu", 1)]).await;
+    until("what it imported is gone", || bench.imports() == 0).await;
+    running.end().await;
+}
+
+#[tokio::test]
+async fn a_write_that_fails_holds_up_no_other() {
+    let bench = Bench::new();
+    bench.export();
+    let slices = bench.directory.root().join(STATE).join("endpointslices.discovery.k8s.io");
+    std::fs::write(&slices, "a file where a directory should be").unwrap();
+    let running = bench.lead();
+    until("the import is there", || bench.imports() == 1).await;
+    until("it has spoken", || bench.position().is_some()).await;
+    std::fs::remove_file(&slices).unwrap();
+    until("the slices are there", || bench.directory.read().slices.get().is_some_and(|s| !s.is_empty()))
+        .await;
+    running.end().await;
+}
+
+#[tokio::test]
+async fn it_never_speaks_below_what_its_member_says() {
+    let bench = Bench::new();
+    let running = bench.lead();
+    until("it has spoken", || bench.position().is_some()).await;
+    running.end().await;
+    // The Lease is lost, and the clock was far ahead then.
+    let (mut member, _) = bench.member().unwrap();
+    let (membership, key) = ours(1, 40);
+    let far = Position { serial: 1, generation: 0, epoch: 9_000_000_000, sequence: 5 };
+    let said = decode_statement(&member.statement.unwrap().payload).unwrap();
+    let said = tombolo_proto::trust::Statement { position: far, ..said };
+    member.statement = Some(said.sign(&key));
+    membership.statement(member.statement.as_ref().unwrap()).unwrap();
+    bench.directory.write_member(&eu(), &member, &BTreeMap::new()).await.unwrap();
+    std::fs::remove_dir_all(bench.directory.root().join(STATE).join("leases.coordination.k8s.io")).unwrap();
+    let running = bench.lead();
+    until("it speaks above", || bench.position().is_some_and(|p| p > far)).await;
+    assert_eq!(bench.position().unwrap().epoch, far.epoch + 1);
+    assert!(matches!(bench.directory.read().members, Known::Yes(_)));
+    running.end().await;
+}
