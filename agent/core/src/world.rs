@@ -8,6 +8,7 @@ use tombolo_proto::model::{Backends, ClusterId, Endpoint, Export, Namespace, Nod
 use tombolo_proto::trust;
 
 use crate::known::Known;
+use crate::liveness::PeerId;
 use crate::object::{
     Import, LocalBackends, Node, Service, ServiceExport, ServiceKey, Slice, SliceKey, TunnelNode,
 };
@@ -61,6 +62,15 @@ pub struct MemberNodes {
     pub nodes: BTreeMap<NodeName, Endpoint>,
 }
 
+/// What liveness and hellos say; what is not in here is not known to be bad.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Health {
+    /// Peers of this node that answered once and do not now.
+    pub dead: BTreeSet<PeerId>,
+    /// By own node that said something lately: clusters that it has no live tunnel to.
+    pub unreachable: BTreeMap<NodeName, BTreeSet<ClusterId>>,
+}
+
 /// All that a node's plan depends on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeWorld {
@@ -84,6 +94,8 @@ pub struct NodeWorld {
     pub imports: Known<BTreeMap<ServiceKey, Import>>,
     /// Imported EndpointSlices of the own API, the own cluster's too.
     pub slices: Known<BTreeMap<SliceKey, Slice>>,
+    /// Which ways carry.
+    pub health: Health,
 }
 
 /// What another cluster has stated, verified and checked against its grant.

@@ -13,18 +13,23 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tombolo_agent_core::world::Health;
 use tracing::{error, info};
 
 use crate::admin::Shown;
 use crate::api::ClusterApi;
 use crate::api::cache::Cache;
 use crate::api::directory::Directory;
+use crate::apply::device::TunnelDriver;
 use crate::apply::key::DeviceKeys;
+use crate::apply::uapi::Userspace;
 use crate::apply::{Appliers, Options};
 use crate::config::{Config, Role};
 use crate::dns::{self, DnsMetrics};
 use crate::hold::DnsSockets;
+use crate::observe::liveness::Memory;
 use crate::observe::netlink::Monitor;
+use crate::observe::{hello, liveness};
 
 /// Runs every role of this agent until `stop`.
 pub async fn run(
@@ -34,7 +39,8 @@ pub async fn run(
     stop: CancellationToken,
 ) -> Result<()> {
     let name = config.node_name()?;
-    let api: Arc<dyn ClusterApi> = Arc::new(Directory::open(&config.cluster_dir)?.remembering(&config.state_dir));
+    let api: Arc<dyn ClusterApi> =
+        Arc::new(Directory::open(&config.cluster_dir)?.remembering(&config.state_dir));
     let mut tasks = tokio::task::JoinSet::new();
     // Dropped at the end: the resolver answers as long as the loops run.
     let mut resolver = None;
@@ -53,7 +59,27 @@ pub async fn run(
         let appliers = Appliers::new(options(&config), keys.clone()).context("no netlink socket")?;
         let monitor = Monitor::start().await.context("no netlink socket")?;
         let cache = Cache::new(&config.state_dir);
+        let memory = Memory::load(&config.state_dir);
+        let (roster, rosters) = watch::channel(None);
+        let (dead, deaths) = watch::channel(memory.dead());
+        let (health, healths) =
+            watch::channel(Health { dead: memory.dead(), unreachable: Default::default() });
+        {
+            // For reading alone: what it writes is not counted.
+            let Options { devices, sockets, .. } = options(&config);
+            let driver: Arc<dyn TunnelDriver> = Arc::new(Userspace::new(devices, sockets, Arc::default()));
+            let (rosters, driver, stop) = (rosters.clone(), driver.clone(), stop.clone());
+            let (rosters2, driver2, stop2) = (rosters.clone(), driver.clone(), stop.clone());
+            tasks.spawn(async move {
+                liveness::run(rosters, driver, memory, dead, stop).await.context("liveness")
+            });
+            tasks.spawn(async move {
+                hello::run(rosters2, driver2, deaths, health, stop2).await.context("hellos")
+            });
+        }
         let node = node::Node {
+            roster,
+            health: healths,
             cache,
             name: name.clone(),
             api: api.clone(),

@@ -12,9 +12,9 @@ use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::known::{Known, Section};
 use tombolo_agent_core::object::TunnelNode;
 use tombolo_agent_core::plan;
-use tombolo_agent_core::world::{MemberNodes, NodeWorld, Reach};
+use tombolo_agent_core::world::{Health, MemberNodes, NodeWorld, Reach};
 use tombolo_agent_core::zone::Zone;
-use tombolo_proto::model::{Device, DeviceNumber, Endpoint, Family, NodeName, Prefix};
+use tombolo_proto::model::{Device, DeviceNumber, Endpoint, Family, NodeName, Prefix, Rank};
 use tracing::{debug, error, info, warn};
 
 use crate::admin::{Planned, Shown};
@@ -23,6 +23,7 @@ use crate::api::{ClusterApi, Observed};
 use crate::apply::Appliers;
 use crate::apply::key::DeviceKeys;
 use crate::metrics::{ClusterLabel, ReasonLabel};
+use crate::observe::liveness::Roster;
 use crate::observe::member::{Members, Verifier, inner_ranges};
 use crate::observe::netlink::{Monitor, Underlay};
 
@@ -54,6 +55,10 @@ pub struct Node {
     pub cache: Cache,
     /// To the resolver.
     pub zone: watch::Sender<Option<Arc<Zone>>>,
+    /// To liveness and hellos: whom there are tunnels with.
+    pub roster: watch::Sender<Option<Arc<Roster>>>,
+    /// What they say.
+    pub health: watch::Receiver<Health>,
     /// To the admin pages.
     pub shown: Arc<Shown>,
 }
@@ -108,13 +113,15 @@ impl Node {
             let members = verifier.verify(&now);
             let announced = self.announce(&now, &underlay, members.get()).await;
             let clean = match Self::world(&self.name, &now, &underlay, &members) {
-                Some((world, findings)) => {
+                Some((mut world, findings)) => {
+                    world.health = self.health.borrow_and_update().clone();
                     let (current, findings) = match planned.take() {
                         Some((planned, old)) if planned.world == world && old == findings => (planned, old),
                         _ => (self.plan(world, findings.clone()), findings),
                     };
                     let clean = self.apply(&current.desired, start).await;
                     self.answer(&current.desired);
+                    self.introduce(&current, &verifier);
                     planned = Some((current, findings));
                     clean
                 }
@@ -151,6 +158,7 @@ impl Node {
                     return Ok(());
                 }
                 result = observed.changed() => result.context("the cluster's API ended")?,
+                result = self.health.changed() => result.context("liveness ended")?,
                 () = self.monitor.changed() => debug!("the kernel's state changed"),
                 () = tokio::time::sleep(wait) => {}
             }
@@ -243,6 +251,7 @@ impl Node {
             },
             imports: observed.imports.clone(),
             slices: observed.slices.clone(),
+            health: Health::default(),
         };
         Some((world, findings))
     }
@@ -269,6 +278,28 @@ impl Node {
                 !same
             });
         }
+    }
+
+    /// Tells liveness and hellos whom there are tunnels with now.
+    fn introduce(&self, planned: &Planned, verifier: &Verifier) {
+        let (Section::Set(devices), Some(members)) = (&planned.desired.devices, planned.world.members.get())
+        else {
+            return;
+        };
+        let own = members.get(&planned.world.cluster).and_then(|own| own.nodes.get(&self.name));
+        let roster = Roster {
+            cluster: planned.world.cluster.clone(),
+            rank: own.map_or(Rank::NODE, |own| own.rank),
+            devices: devices.clone(),
+            positions: verifier.positions(),
+        };
+        self.roster.send_if_modified(|old| {
+            let same = old.as_deref() == Some(&roster);
+            if !same {
+                *old = Some(Arc::new(roster));
+            }
+            !same
+        });
     }
 
     async fn apply(&mut self, desired: &NodeDesired, start: Instant) -> bool {

@@ -75,6 +75,12 @@ struct Spoken {
 }
 
 impl Verifier {
+    /// How far each cluster has spoken, as verified here.
+    pub fn positions(&self) -> BTreeMap<ClusterId, Position> {
+        let spoken = |good: &Good| good.spoken.as_ref().map(|spoken| spoken.position);
+        self.held.clusters.iter().filter_map(|(id, good)| Some((id.clone(), spoken(good)?))).collect()
+    }
+
     /// Addresses of this machine, which no grant of another may touch.
     pub fn set_addresses(&mut self, addresses: &[IpAddr]) {
         self.addresses = addresses.iter().copied().collect();

@@ -65,7 +65,7 @@ fn plan_node(world: &NodeWorld, findings: &mut Findings) -> NodeDesired {
     desired.firewall = Section::Set(firewall);
     if members.contains_key(&world.cluster) {
         let devices = peer::devices(world, members, &stations, findings);
-        let routes = route::routes(world, members, &stations, &devices);
+        let routes = route::routes(world, members, &stations, &devices, findings);
         desired.rules = Section::Set(rule::rules(&routes, &devices));
         desired.devices = Section::Set(devices);
         desired.routes = Section::Set(routes);

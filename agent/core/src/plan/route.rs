@@ -5,16 +5,18 @@ use std::net::IpAddr;
 
 use tombolo_proto::model::{ClusterId, DeviceFamily, DeviceNumber, Family, Prefix};
 
+use super::findings::Findings;
 use super::roster::Stations;
-use crate::desired::{Route, TABLE_IN, TABLE_OUT, TunnelDevice, Via};
-use crate::world::{MemberNodes, NodeWorld};
+use crate::desired::{Peer, Route, TABLE_IN, TABLE_OUT, TunnelDevice, Via};
+use crate::world::{Health, MemberNodes, NodeWorld};
 
-/// Plans the routes of this node. Every slot counts as live.
+/// Plans the routes of this node over the slots that are not known to be dead.
 pub(crate) fn routes(
     world: &NodeWorld,
     members: &BTreeMap<ClusterId, MemberNodes>,
     stations: &BTreeMap<&ClusterId, Stations<'_>>,
     devices: &BTreeMap<DeviceNumber, TunnelDevice>,
+    findings: &mut Findings,
 ) -> BTreeSet<Route> {
     let Some(own) = members.get(&world.cluster) else { return BTreeSet::new() };
     let me = stations.get(&world.cluster).and_then(|own| own.get(&world.node));
@@ -28,20 +30,33 @@ pub(crate) fn routes(
     };
     let mut routes = BTreeSet::new();
 
-    for (_, member) in members.iter().filter(|(id, _)| **id != world.cluster) {
+    for (cluster, member) in members.iter().filter(|(id, _)| **id != world.cluster) {
         for &prefix in member.owned.union(&member.tunnel) {
-            // A gateway uses its own tunnels only; its own nodes see two hops at most.
-            let wanted = |number: &DeviceNumber| match number.family() {
-                DeviceFamily::Out => gateway,
-                DeviceFamily::In => !gateway && number.rank().is_gateway(),
-            };
-            let carries = |device: &TunnelDevice| device.peers.values().any(|p| p.allowed.contains(&prefix));
-            let slots: BTreeSet<DeviceNumber> =
-                devices.iter().filter(|(n, d)| wanted(n) && carries(d)).map(|(n, _)| *n).collect();
-            if !slots.is_empty() {
-                routes.insert(out(prefix, Via::Devices(slots)));
+            let ways: Vec<Way<'_>> =
+                devices.iter().filter_map(|(n, d)| Way::find(*n, d, prefix, &world.health)).collect();
+            let slots = if gateway { Way::of_gateway(&ways, cluster) } else { Way::of_node(&ways, cluster) };
+            if let Some(trouble) = slots.trouble {
+                findings.warning("NoLiveTunnel", format!("cluster {cluster}"), trouble);
+            }
+            if !slots.devices.is_empty() {
+                routes.insert(out(prefix, Via::Devices(slots.devices)));
             }
             routes.insert(out(prefix, Via::Unreachable));
+        }
+    }
+    // A foreign gateway itself is reached by its own tunnel while that lives: echoes and their answers then tell of this
+    // one path, whatever becomes of the others.
+    for (&number, device) in devices.iter().filter(|(n, _)| n.family() == DeviceFamily::Out) {
+        for (key, peer) in &device.peers {
+            let v4 = peer.tunnel.iter().any(IpAddr::is_ipv4);
+            let dead = world.health.dead.contains(&(number, *key));
+            // Bound to a device, IPv4 goes out there without a route; IPv6 does not, and who is only there must be asked.
+            let direct = peer.tunnel.iter().filter(|a| !dead || (a.is_ipv6() && !v4));
+            for prefix in direct.filter_map(|a| Prefix::host(*a).ok()) {
+                if !peer.allowed.contains(&prefix) {
+                    routes.insert(out(prefix, Via::Devices(BTreeSet::from([number]))));
+                }
+            }
         }
     }
     // Between own plain nodes there is no tunnel, and tunnel addresses mean nothing outside of tunnels.
@@ -60,4 +75,81 @@ pub(crate) fn routes(
         }
     }
     routes
+}
+
+/// A device with the peer that carries a prefix.
+struct Way<'a> {
+    number: DeviceNumber,
+    peer: &'a Peer,
+    alive: bool,
+    /// Clusters that this own gateway cannot reach, if it said anything lately.
+    told: Option<&'a BTreeSet<ClusterId>>,
+}
+
+/// The slots of a route, and what is wrong with them.
+struct Slots {
+    devices: BTreeSet<DeviceNumber>,
+    trouble: Option<String>,
+}
+
+impl<'a> Way<'a> {
+    fn find(
+        number: DeviceNumber,
+        device: &'a TunnelDevice,
+        prefix: Prefix,
+        health: &'a Health,
+    ) -> Option<Self> {
+        let (key, peer) = device.peers.iter().find(|(_, p)| p.allowed.contains(&prefix))?;
+        let told = match number.family() {
+            DeviceFamily::Out => None,
+            // A plain node carries nothing for others.
+            DeviceFamily::In if !number.rank().is_gateway() => return None,
+            DeviceFamily::In => health.unreachable.get(&peer.node.node),
+        };
+        Some(Self { number, peer, alive: !health.dead.contains(&(number, *key)), told })
+    }
+
+    fn slots(ways: &[Self], wanted: impl Fn(&Self) -> bool) -> BTreeSet<DeviceNumber> {
+        ways.iter().filter(|way| wanted(way)).map(|way| way.number).collect()
+    }
+
+    /// A gateway uses its own tunnels; when all of them are dead, another gateway that says that it can reach the cluster,
+    /// for its own packets (tunnels between own gateways carry no others').
+    fn of_gateway(ways: &[Self], cluster: &ClusterId) -> Slots {
+        let out = |way: &Self| way.number.family() == DeviceFamily::Out;
+        let all = Self::slots(ways, out);
+        let live = Self::slots(ways, |way| out(way) && way.alive);
+        if !live.is_empty() || all.is_empty() {
+            return Slots { devices: live, trouble: None };
+        }
+        let able = |way: &Self| way.told.is_some_and(|told| !told.contains(cluster));
+        let others = Self::slots(ways, |way| !out(way) && way.alive && able(way));
+        if others.is_empty() {
+            let text = "no gateway of it answers any more; its routes stay as they were. Is it up, and does UDP pass?";
+            return Slots { devices: all, trouble: Some(text.to_owned()) };
+        }
+        let names: Vec<_> =
+            ways.iter().filter(|w| others.contains(&w.number)).map(|w| w.peer.node.to_string()).collect();
+        let text =
+            format!("no gateway of it answers this one any more; own packets go by {}", names.join(", "));
+        Slots { devices: others, trouble: Some(text) }
+    }
+
+    /// A plain node uses the own gateways that live and do not say that they cannot reach the cluster.
+    fn of_node(ways: &[Self], cluster: &ClusterId) -> Slots {
+        let own = |way: &Self| way.number.family() == DeviceFamily::In;
+        let refuses = |way: &Self| way.told.is_some_and(|told| told.contains(cluster));
+        let best = Self::slots(ways, |way| own(way) && way.alive && !refuses(way));
+        let all = Self::slots(ways, own);
+        if !best.is_empty() || all.is_empty() {
+            return Slots { devices: best, trouble: None };
+        }
+        let live = Self::slots(ways, |way| own(way) && way.alive);
+        if live.is_empty() {
+            let text = "no own gateway answers any more; the routes stay as they were. Are they up?";
+            return Slots { devices: all, trouble: Some(text.to_owned()) };
+        }
+        let text = "every own gateway that answers says that it cannot reach it; packets still go there";
+        Slots { devices: live, trouble: Some(text.to_owned()) }
+    }
 }

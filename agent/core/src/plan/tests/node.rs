@@ -13,7 +13,7 @@ use super::{backend, endpoint, id, ip, nets, node, owned, port, service, tunnel}
 use crate::desired::{Firewall, NodeDesired, Route, TABLE_IN, TABLE_OUT, TunnelDevice, Via, Vip};
 use crate::known::{Known, Section};
 use crate::object::{Import, Slice, SliceKey};
-use crate::world::{ClustersetRanges, MemberNodes, NodeWorld, Reach};
+use crate::world::{ClustersetRanges, Health, MemberNodes, NodeWorld, Reach};
 
 fn plan(world: &NodeWorld) -> (NodeDesired, Vec<&'static str>) {
     let (desired, findings) = crate::plan::node(world);
@@ -52,6 +52,7 @@ fn world(name: &str) -> NodeWorld {
         members: Known::Yes([(id("eu"), member(1)), (id("us"), member(2))].into()),
         imports: Known::Yes(BTreeMap::new()),
         slices: Known::Yes(BTreeMap::new()),
+        health: Health::default(),
     }
 }
 
@@ -134,6 +135,68 @@ fn a_worker_as_in_the_data_path() {
         Route { table: TABLE_OUT, prefix: net("10.2.0.0/16"), via: Via::Unreachable, source: None };
     assert!(desired.routes.get().unwrap().contains(&unreachable));
     assert_eq!(firewall(&desired).local, nets(&["10.1.3.0/24", "fd00:10:1:3::/64"]));
+}
+
+/// Peers of this node, by device number.
+fn dead(world: &NodeWorld, numbers: &[u8]) -> Health {
+    let desired = plan(world).0;
+    let peers =
+        |n: &u8| devices(&desired)[&number(*n)].peers.keys().map(|k| (number(*n), *k)).collect::<Vec<_>>();
+    Health { dead: numbers.iter().flat_map(peers).collect(), unreachable: BTreeMap::new() }
+}
+
+#[test]
+fn a_gateway_leaves_dead_slots() {
+    let mut gw1 = world("gw1");
+    let peer = "198.18.2.1/32";
+    assert_eq!(slots(&plan(&gw1).0, peer), Some(vec![1]));
+    gw1.health = dead(&gw1, &[1]);
+    let (desired, findings) = plan(&gw1);
+    assert!(findings.is_empty(), "{findings:?}");
+    for prefix in ["10.2.0.0/16", "fd00:10:2::/48", "198.18.2.0/24"] {
+        assert_eq!(slots(&desired, prefix), Some(vec![2]));
+    }
+    assert_eq!(slots(&desired, peer), None);
+    assert_eq!(slots(&desired, "198.18.2.2/32"), Some(vec![2]));
+
+    // The last one dies too: kept while nobody says that he can do better.
+    gw1.health = dead(&gw1, &[1, 2]);
+    let (desired, findings) = plan(&gw1);
+    assert_eq!(slots(&desired, "10.2.0.0/16"), Some(vec![1, 2]));
+    assert_eq!(findings, ["NoLiveTunnel"]);
+    gw1.health.unreachable.insert(node("gw2"), [id("us")].into());
+    assert_eq!(slots(&plan(&gw1).0, "10.2.0.0/16"), Some(vec![1, 2]));
+    gw1.health.unreachable.insert(node("gw2"), [id("as")].into());
+    assert_eq!(slots(&plan(&gw1).0, "10.2.0.0/16"), Some(vec![6]));
+    // A plain node's word counts for nothing.
+    gw1.health.unreachable = [(node("w1"), BTreeSet::new())].into();
+    assert_eq!(slots(&plan(&gw1).0, "10.2.0.0/16"), Some(vec![1, 2]));
+    // Ways inward stay, whatever answers.
+    gw1.health = dead(&gw1, &[1, 2, 4, 6]);
+    let inward = |d: &NodeDesired| {
+        d.routes.get().unwrap().iter().filter(|r| r.table == TABLE_IN).cloned().collect::<Vec<_>>()
+    };
+    assert_eq!(inward(&plan(&gw1).0), inward(&plan(&world("gw1")).0));
+}
+
+#[test]
+fn a_worker_leaves_gateways_that_are_dead_or_cut_off() {
+    let mut w1 = world("w1");
+    w1.health = dead(&w1, &[5]);
+    let (desired, findings) = plan(&w1);
+    assert!(findings.is_empty(), "{findings:?}");
+    assert_eq!(slots(&desired, "10.2.0.0/16"), Some(vec![6]));
+    // The other one lives but has no way: better than none.
+    w1.health.unreachable.insert(node("gw2"), [id("us")].into());
+    let (desired, findings) = plan(&w1);
+    assert_eq!(slots(&desired, "10.2.0.0/16"), Some(vec![6]));
+    assert_eq!(findings, ["NoLiveTunnel"]);
+    w1.health = dead(&w1, &[5, 6]);
+    assert_eq!(slots(&plan(&w1).0, "10.2.0.0/16"), Some(vec![5, 6]));
+    w1.health = Health { dead: BTreeSet::new(), unreachable: [(node("gw1"), [id("us")].into())].into() };
+    assert_eq!(slots(&plan(&w1).0, "10.2.0.0/16"), Some(vec![6]));
+    w1.health.unreachable.insert(node("gw2"), [id("us")].into());
+    assert_eq!(slots(&plan(&w1).0, "10.2.0.0/16"), Some(vec![5, 6]));
 }
 
 #[test]
@@ -359,8 +422,9 @@ fn any_world() -> impl Strategy<Value = NodeWorld> {
         any_slices(),
         prop::bool::weighted(0.95),
         any::<bool>(),
+        any::<u16>(),
     )
-        .prop_map(|(eu, us, as_, name, slices, here, v4)| {
+        .prop_map(|(eu, us, as_, name, slices, here, v4, dead)| {
             let mut members = BTreeMap::from([(id("us"), us), (id("as"), as_)]);
             if here {
                 members.insert(id("eu"), eu);
@@ -369,13 +433,27 @@ fn any_world() -> impl Strategy<Value = NodeWorld> {
                 (service("a/web"), import(&[port("", 80)], &["198.19.0.9"])),
                 (service("b/db"), import(&[port("", 80)], &["198.19.0.9", "fd19:746f:6d62::9"])),
             ];
-            NodeWorld {
+            let mut world = NodeWorld {
                 members: Known::Yes(members),
                 imports: Known::Yes(imports.into()),
                 slices: Known::Yes(slices),
                 underlay: if v4 { [Family::V4].into() } else { Family::ALL.into() },
                 ..world(&name)
-            }
+            };
+            let (desired, _) = plan(&world);
+            let peers = devices(&desired).iter().flat_map(|(n, d)| d.peers.keys().map(|key| (*n, *key)));
+            world.health.dead =
+                peers.enumerate().filter(|(i, _)| dead >> (i % 16) & 1 == 1).map(|(_, p)| p).collect();
+            let told = (0..5).filter(|i| dead >> (i + 8) & 1 == 1);
+            world.health.unreachable = told
+                .map(|i| {
+                    (
+                        node(&format!("n{i}")),
+                        if dead >> i & 1 == 1 { [id("us")].into() } else { BTreeSet::new() },
+                    )
+                })
+                .collect();
+            world
         })
 }
 
@@ -437,13 +515,13 @@ proptest! {
         let routes = desired.routes.get().unwrap();
         let mut carried = BTreeSet::new();
         for route in routes {
-            prop_assert!(within(&own, &route.prefix) || (route.table == TABLE_OUT && foreign.contains(&route.prefix)));
+            prop_assert!(within(&own, &route.prefix) || (route.table == TABLE_OUT && within(&foreign, &route.prefix)));
             prop_assert!(route.source.is_none_or(|s| Family::of(s) == route.prefix.family()));
             if let Via::Devices(slots) = &route.via {
                 prop_assert!(carried.insert((route.table, route.prefix)), "{} has two routes", route.prefix);
                 prop_assert!(!slots.is_empty());
                 for slot in slots {
-                    prop_assert!(devices[slot].peers.values().any(|p| p.allowed.contains(&route.prefix)));
+                    prop_assert!(devices[slot].peers.values().any(|p| within(&p.allowed, &route.prefix)));
                 }
             }
         }
