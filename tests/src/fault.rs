@@ -78,7 +78,11 @@ impl Faults {
 }
 
 fn apply(lab: &Lab, faults: &[Fault]) -> Result<()> {
-    let mut rules = String::new();
+    let mut wire = String::new();
+    let mut lans: Vec<(&str, Vec<IpAddr>, String)> = Vec::new();
+    for cluster in &lab.topology().clusters {
+        lans.push((&cluster.id, lab.topology().underlay(&cluster.id)?, String::new()));
+    }
     for fault in faults {
         let (from, to, both, verdict) = match fault {
             Fault::Cut { a, b } => (a, b, true, "drop".to_owned()),
@@ -87,20 +91,33 @@ fn apply(lab: &Lab, faults: &[Fault]) -> Result<()> {
         };
         ensure!(from != to, "a fault needs two ends, not {from} twice");
         let (from, to) = (lab.topology().underlay(from)?, lab.topology().underlay(to)?);
-        rule(&mut rules, &from, &to, &verdict);
-        if both {
-            rule(&mut rules, &to, &from, &verdict);
+        // Whatever passes the wire passes a bridge before and after: it must meet a fault once.
+        let place = |rules: &mut String, from: &[IpAddr], to: &[IpAddr]| {
+            rule(rules, from, to, &verdict);
+            if both {
+                rule(rules, to, from, &verdict);
+            }
+        };
+        place(&mut wire, &from, &to);
+        for (_, inside, rules) in &mut lans {
+            let within = |list: &[IpAddr]| -> Vec<IpAddr> {
+                list.iter().filter(|a| inside.contains(a)).copied().collect()
+            };
+            let (from, to) = (within(&from), within(&to));
+            if !from.is_empty() && !to.is_empty() {
+                place(rules, &from, &to);
+            }
         }
     }
-    let table = |family: &str| {
+    let table = |family: &str, rules: &str| {
         format!(
             "table {family} fault {{}}\nflush table {family} fault\ntable {family} fault {{\n chain forward {{\n  \
              type filter hook forward priority filter; policy accept;\n{rules} }}\n}}\n"
         )
     };
-    lab.wire().nft(&table("inet"))?;
-    for cluster in &lab.topology().clusters {
-        lab.lan(&cluster.id)?.nft(&table("bridge"))?;
+    lab.wire().nft(&table("inet", &wire))?;
+    for (cluster, _, rules) in &lans {
+        lab.lan(cluster)?.nft(&table("bridge", rules))?;
     }
     Ok(())
 }

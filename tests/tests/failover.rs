@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader};
 use std::net::IpAddr;
 use std::process::{Child, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -110,7 +110,9 @@ impl Watch {
                 std::thread::spawn(move || {
                     for line in BufReader::new(out).lines().map_while(Result::ok) {
                         if line.contains("table 4510") || line.contains("table 4520") {
-                            seen.lock().unwrap().push((Instant::now(), format!("{name}: {line}")));
+                            seen.lock()
+                                .unwrap_or_else(PoisonError::into_inner)
+                                .push((Instant::now(), format!("{name}: {line}")));
                         }
                     }
                 });
@@ -120,7 +122,7 @@ impl Watch {
     }
 
     fn changes(&self) -> Vec<(Instant, String)> {
-        self.seen.lock().unwrap().clone()
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Of the route to a prefix that carries, on a node.
