@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::{Ipv4Net, Ipv6Net};
 use tombolo_agent_core::object::ServiceKey;
 use tombolo_agent_core::world::Reach;
-use tombolo_proto::model::{ClusterId, Namespace, NamespacePattern, Prefix, ServiceName, SetName};
+use tombolo_proto::model::{ClusterId, Namespace, NamespacePattern, NodeName, Prefix, ServiceName, SetName};
 use tombolo_proto::trust::PublicKey;
 
 use crate::output::{Color, Format};
@@ -41,6 +41,7 @@ Examples:
   tombolo join --cluster-dir /var/lib/tombolo/cluster @eu-west.token
   tombolo export production/api-service
   tombolo resolve api-service.production.svc.clusterset.local
+  tombolo explain 10.2.1.7 api-service.production:8080
 
 Exit codes: 0 done, 1 failed (or a check found a failure), 2 wrong usage.
 Manifests instead of commands: docs/directory.md.";
@@ -71,6 +72,8 @@ pub(crate) enum Command {
     Check(Check),
     /// Tell what a name answers, out of what this cluster imports
     Resolve(Resolve),
+    /// Walk the way from a pod of this node to a service: where does it break, and what to do
+    Explain(Explain),
     /// Print a shell's completion script, to be sourced
     Completion(Completion),
 }
@@ -239,8 +242,24 @@ pub(crate) struct Resolve {
     /// Type of the records.
     #[arg(long = "type", short = 't', value_enum, ignore_case = true)]
     pub(crate) kind: Option<RecordKind>,
+    /// Say of every address behind the name why it is, or is not, used.
+    #[arg(long)]
+    pub(crate) explain: bool,
     #[command(flatten)]
     pub(crate) cluster: ClusterArgs,
+}
+
+#[derive(Args)]
+pub(crate) struct Explain {
+    /// From a pod's address or this node's name, to SERVICE.NAMESPACE[:PORT] or an address [:PORT] of another cluster.
+    /// An arrow may stand between the two, in quotes; FROM may be left out and is this node then.
+    #[arg(value_name = "FROM TO", required = true, num_args = 1..=3)]
+    pub(crate) words: Vec<String>,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+    /// This node's name, as in its Node object. Default: the node whose addresses are this machine's.
+    #[arg(long, env = "TOMBOLO_NODE", value_name = "NAME")]
+    pub(crate) node: Option<NodeName>,
 }
 
 /// Types of records that names here have.

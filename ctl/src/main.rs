@@ -11,7 +11,9 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 fn main() -> ExitCode {
-    let cli = cli::Cli::parse();
+    // The arrow of `explain A -> B`, in quotes, is no option.
+    let words = std::env::args_os().map(|word| if word == "->" { "to".into() } else { word });
+    let cli = cli::Cli::parse_from(words);
     match command::run(cli) {
         Ok(code) => code,
         Err(error) => {

@@ -412,9 +412,78 @@ fn resolving_says_what_and_why() {
     fails("x.shop.production.svc", "NXDOMAIN: production/shop is imported, but has no such name below it");
     fails("nothing.production", "NXDOMAIN: no cluster exports production/nothing");
     fails("api.production", "exists here, but neither this cluster nor another exports it");
-    fails("shop.staging", "NXDOMAIN: namespace staging does not exist in this cluster");
+    fails("shop.staging", "NXDOMAIN: namespace staging does not exist in a");
     bench.refuses("resolve shop --cluster-dir c", &["SERVICE.NAMESPACE"]);
     bench.refuses("resolve example.com.org --cluster-dir c", &["is not in clusterset.local"]);
+}
+
+/// Address, ready, terminating.
+type Endpoints<'a> = &'a [(&'a str, bool, bool)];
+
+/// Writes imported slices of production/db by source, as an agent does.
+fn write_slices(directory: &Path, all: &[(&str, Endpoints<'_>)]) {
+    use tombolo_agent::api::ClusterApi as _;
+    use tombolo_agent::api::directory::Directory;
+    use tombolo_agent_core::known::Objects;
+    use tombolo_agent_core::object::{ServiceKey, Slice, SliceKey};
+    use tombolo_proto::model::{Backend, Family, Namespace, ServiceName};
+    let service = ServiceKey {
+        namespace: Namespace::new("production").unwrap(),
+        name: ServiceName::new("db").unwrap(),
+    };
+    let mut objects = Objects::default();
+    for (source, endpoints) in all {
+        let source = tombolo_proto::model::ClusterId::new(source).unwrap();
+        let backend = |(address, ready, terminating): &(&str, bool, bool)| Backend {
+            address: address.parse().unwrap(),
+            hostname: None,
+            ready: *ready,
+            serving: *ready,
+            terminating: *terminating,
+        };
+        let slice = Slice { ports: Vec::new(), backends: endpoints.iter().map(backend).collect() };
+        objects
+            .set
+            .insert(SliceKey { service: service.clone(), source, family: Family::V4, index: 0 }, slice);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(Directory::open(directory).unwrap().apply_slices(&objects)).unwrap();
+}
+
+#[test]
+fn resolving_explains_each_address() {
+    let bench = Bench::founded();
+    let token = bench.token("a", "10.1.0.0/16");
+    bench.run_with("join - --cluster-dir c", &token).ok();
+    fs::write(bench.path("c/manifests/production.yaml"), SERVICE).unwrap();
+    let imports = bench.path("c/state/serviceimports.multicluster.x-k8s.io/production");
+    fs::create_dir_all(&imports).unwrap();
+    let headless =
+        IMPORT.replace("shop", "db").replace("ClusterSetIP", "Headless").replace("\"198.19.0.7\"", "");
+    fs::write(imports.join("db.json"), headless).unwrap();
+    let own = [
+        ("10.1.0.1", true, false),
+        ("10.1.0.2", false, false),
+        ("10.1.0.3", false, true),
+        ("10.9.0.4", true, false),
+    ];
+    write_slices(&bench.path("c"), &[("a", &own), ("b", &[("10.2.0.5", true, false)])]);
+
+    let found = bench.json("resolve --explain db.production --cluster-dir c");
+    // What the resolver answers, and nothing that was written into state/ by others.
+    assert_eq!(found["records"].as_array().unwrap().len(), 1, "{found:#}");
+    let all = found["addresses"].as_array().unwrap();
+    let why = |address: &str, used: bool, words: &str| {
+        let row =
+            all.iter().find(|r| r["address"] == address).unwrap_or_else(|| panic!("{address}: {found:#}"));
+        assert_eq!(row["used"], used, "{row}");
+        assert!(row["reason"].as_str().unwrap().contains(words), "{row}");
+    };
+    why("10.1.0.1", true, "ready");
+    why("10.1.0.2", false, "not ready");
+    why("10.1.0.3", false, "terminating");
+    why("10.9.0.4", false, "outside of what cluster a was granted");
+    why("10.2.0.5", false, "cluster b is not known here");
 }
 
 #[test]
@@ -544,6 +613,8 @@ fn names_of_fields_are_stable() {
     fs::write(bench.path("c/manifests/bad.yaml"), "kind: [").unwrap();
     show("status", &bench.json("status --cluster-dir c --admin 127.0.0.1:9"));
     show("resolve", &bench.json("resolve shop.production --cluster-dir c"));
+    show("resolve --explain", &bench.json("resolve --explain shop.production --cluster-dir c"));
+    show("explain", &parse(bench.run("explain shop.production --node one --cluster-dir c -o json")));
     show("revoke", &bench.json("revoke a --yes --offline"));
     let check = parse(bench.run("check --pre -o json"));
     assert!(check["checks"].as_array().unwrap().len() > 3);

@@ -3,6 +3,7 @@
 mod admin;
 mod broker;
 mod check;
+mod explain;
 mod export;
 mod join;
 mod membership;
@@ -34,6 +35,7 @@ pub(crate) fn run(cli: Cli) -> Result<ExitCode> {
         Command::Status(args) => status::status(&printer, &args)?,
         Command::Check(args) => return check::check(&printer, &args),
         Command::Resolve(args) => return resolve::resolve(&printer, &args),
+        Command::Explain(args) => return explain::explain(&printer, &args),
         Command::Completion(args) => {
             let mut script = Vec::new();
             clap_complete::generate(args.shell, &mut Cli::command(), "tombolo", &mut script);

@@ -6,11 +6,14 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 use tombolo_agent::api::Observed;
 use tombolo_agent::api::directory::Directory;
+use tombolo_agent::observe::netlink::Underlay;
 use tombolo_agent_core::known::Known;
 use tombolo_agent_core::object::ServiceKey;
 use tombolo_agent_core::zone::{APEX, Answer, Data, Kind, Target, Zone};
 use tombolo_proto::model::{Family, Namespace, ServiceName, ServiceType};
 
+use super::explain::backend::{self, Row};
+use super::explain::here::Here;
 use super::say;
 use crate::cli::{RecordKind, Resolve};
 use crate::output::{Printer, Table};
@@ -24,15 +27,18 @@ struct Resolution {
     name: String,
     /// NOERROR, NODATA or NXDOMAIN.
     status: &'static str,
-    records: Vec<Row>,
+    records: Vec<RecordRow>,
     /// Why there is no answer, as far as this cluster knows.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
+    /// With `--explain`: every address of the service, and why it is or is not used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    addresses: Option<Vec<Row>>,
 }
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Row {
+struct RecordRow {
     name: String,
     ttl: u32,
     #[serde(rename = "type")]
@@ -47,7 +53,10 @@ pub(super) fn resolve(printer: &Printer, args: &Resolve) -> Result<ExitCode> {
     let (Known::Yes(imports), Known::Yes(slices)) = (&observed.imports, &observed.slices) else {
         bail!("what {} imports cannot be read now", args.cluster.cluster_dir.display());
     };
-    let zone = Zone::build(imports, slices);
+    // As the agent answers. Of a cluster that is no member, or whose membership is damaged, as it would.
+    let here = Here::of(observed.clone(), None, &Underlay::default());
+    let planned = here.as_ref().ok().and_then(|here| here.desired.zone.get().cloned());
+    let zone = planned.unwrap_or_else(|| Zone::build(imports, slices));
     let mut records = Vec::new();
     let mut exists = false;
     for kind in kinds(args.kind, &labels) {
@@ -69,8 +78,25 @@ pub(super) fn resolve(printer: &Printer, args: &Resolve) -> Result<ExitCode> {
         (true, false) => "NXDOMAIN",
     };
     let reason = records.is_empty().then(|| reason(&observed, &labels, args.kind, exists));
-    let found = Resolution { name: name(&labels), status, records, reason };
-    printer.print("Resolution", &found, |printer| match &found.reason {
+    let addresses = match service_key(&labels) {
+        Some(key) if args.explain => {
+            let import = imports.get(&key);
+            Some(
+                import
+                    .map(|import| Ok::<_, anyhow::Error>(backend::rows(&here?, &key, import)))
+                    .transpose()?,
+            )
+        }
+        _ => None,
+    };
+    let addresses = addresses.map(Option::unwrap_or_default);
+    let found = Resolution { name: name(&labels), status, records, reason, addresses };
+    printer.print("Resolution", &found, |printer| text(printer, &found))?;
+    Ok(if found.reason.is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn text(printer: &Printer, found: &Resolution) -> String {
+    let mut text = match &found.reason {
         Some(reason) => format!("{}: {}: {reason}\n", found.name, found.status),
         None => printer.table(&Table {
             headers: vec!["NAME", "TTL", "TYPE", "DATA"],
@@ -81,12 +107,41 @@ pub(super) fn resolve(printer: &Printer, args: &Resolve) -> Result<ExitCode> {
                 .map(|r| vec![r.name.clone(), r.ttl.to_string(), r.kind.to_owned(), r.data.clone()])
                 .collect(),
         }),
-    })?;
-    Ok(if found.reason.is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    };
+    let addresses = found.addresses.as_deref().unwrap_or_default();
+    if !addresses.is_empty() {
+        let row = |r: &Row| {
+            vec![
+                r.address.map(|a| a.to_string()).unwrap_or_default(),
+                r.cluster.as_ref().map_or_else(|| "(all)".to_owned(), ToString::to_string),
+                r.ports.join(","),
+                if r.used { "yes" } else { "no" }.to_owned(),
+                r.reason.clone(),
+            ]
+        };
+        let table = Table {
+            headers: vec!["ADDRESS", "CLUSTER", "PORTS", "USED", "REASON"],
+            narrow: 5,
+            rows: addresses.iter().map(row).collect(),
+        };
+        text.push('\n');
+        text += &printer.table(&table);
+    }
+    text
+}
+
+/// The service that labels before the apex name, or name something below.
+pub(super) fn service_key<S: AsRef<str>>(labels: &[S]) -> Option<ServiceKey> {
+    let [.., service, namespace, svc] = labels else { return None };
+    if svc.as_ref() != "svc" || service.as_ref().starts_with('_') {
+        return None;
+    }
+    let namespace = Namespace::new(namespace.as_ref()).ok()?;
+    Some(ServiceKey { namespace, name: ServiceName::new(service.as_ref()).ok()? })
 }
 
 /// The labels before the apex, in lower case. `SERVICE.NAMESPACE` and `SERVICE.NAMESPACE.svc` are short forms.
-fn labels(text: &str) -> Result<Vec<String>> {
+pub(super) fn labels(text: &str) -> Result<Vec<String>> {
     let lower = text.to_ascii_lowercase();
     let trimmed = lower.strip_suffix('.').unwrap_or(&lower);
     let inside = match trimmed.strip_suffix(APEX) {
@@ -126,7 +181,7 @@ fn name<S: AsRef<str>>(labels: &[S]) -> String {
     name
 }
 
-fn row(asked: &[&str], data: Data<'_>) -> Row {
+fn row(asked: &[&str], data: Data<'_>) -> RecordRow {
     let target = |target: Target<'_>| name(&target.labels().collect::<Vec<_>>());
     let (kind, text) = match data {
         Data::A(address) => ("A", address.to_string()),
@@ -136,7 +191,7 @@ fn row(asked: &[&str], data: Data<'_>) -> Row {
         Data::Soa => ("SOA", String::new()),
         Data::Ns => ("NS", String::new()),
     };
-    Row { name: name(asked), ttl: data.ttl(), kind, data: text }
+    RecordRow { name: name(asked), ttl: data.ttl(), kind, data: text }
 }
 
 /// The likely reason that there is no answer.
@@ -158,10 +213,7 @@ fn reason(observed: &Observed, labels: &[&str], asked: Option<RecordKind>, exist
     if let Some(namespaces) = observed.namespaces.get()
         && !namespaces.contains(&key.namespace)
     {
-        return format!(
-            "namespace {} does not exist in this cluster, and services are taken only in namespaces that do",
-            key.namespace
-        );
+        return no_namespace(observed, &key);
     }
     let Some(import) = observed.imports.get().and_then(|imports| imports.get(&key)) else {
         return not_imported(observed, &key);
@@ -185,7 +237,18 @@ fn reason(observed: &Observed, labels: &[&str], asked: Option<RecordKind>, exist
     }
 }
 
-fn not_imported(observed: &Observed, key: &ServiceKey) -> String {
+/// Services are taken only in namespaces that exist.
+pub(super) fn no_namespace(observed: &Observed, key: &ServiceKey) -> String {
+    let set = observed.clusterset.get().and_then(Option::as_ref);
+    let place = set.map_or_else(|| "this cluster".to_owned(), |set| set.cluster.to_string());
+    format!(
+        "namespace {} does not exist in {place}, and services are taken only in namespaces that do",
+        key.namespace
+    )
+}
+
+/// Why nothing of this name is imported.
+pub(super) fn not_imported(observed: &Observed, key: &ServiceKey) -> String {
     let declared = observed.declared_exports.get().is_some_and(|exports| exports.contains(key));
     if declared {
         let status = observed.statuses.get().and_then(|statuses| statuses.get(key));

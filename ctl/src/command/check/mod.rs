@@ -101,6 +101,14 @@ pub(super) fn check(printer: &Printer, args: &Check) -> Result<ExitCode> {
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
+/// Chains of others on this node that drop what is forwarded, and what cures each.
+pub(super) fn dropping() -> Vec<(String, Vec<String>)> {
+    let mut lines = Lines(Vec::new());
+    firewall(&mut lines);
+    let failed = lines.0.into_iter().filter(|l| l.verdict == Verdict::Failure);
+    failed.map(|l| (l.message, l.remedy)).collect()
+}
+
 fn kernel(lines: &mut Lines) {
     let capabilities = fs::read_to_string("/proc/self/status")
         .ok()

@@ -1,0 +1,91 @@
+//! This node and its cluster as the agent sees them: the same world, planned again.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, bail};
+use tombolo_agent::api::{ClusterSet, Observed};
+use tombolo_agent::control::node::Node;
+use tombolo_agent::observe::member::{Members, Verifier, verified_revocations};
+use tombolo_agent::observe::netlink::Underlay;
+use tombolo_agent_core::desired::NodeDesired;
+use tombolo_agent_core::known::Known;
+use tombolo_agent_core::plan;
+use tombolo_agent_core::world::{MemberNodes, NodeWorld};
+use tombolo_proto::model::{ClusterId, NodeName};
+use tombolo_proto::trust::RootChain;
+
+/// What is known on this node, and what it should do.
+pub(in crate::command) struct Here {
+    pub(in crate::command) observed: Observed,
+    pub(in crate::command) set: ClusterSet,
+    pub(in crate::command) members: Arc<Members>,
+    pub(in crate::command) world: NodeWorld,
+    pub(in crate::command) desired: NodeDesired,
+    /// Clusters whose grants up to a serial were taken back.
+    pub(in crate::command) revoked: BTreeMap<ClusterId, u64>,
+}
+
+impl Here {
+    /// Plans as the agent of `node` does.
+    pub(in crate::command) fn of(
+        observed: Observed,
+        node: Option<&NodeName>,
+        underlay: &Underlay,
+    ) -> Result<Self> {
+        let set = match &observed.clusterset {
+            Known::Yes(Some(set)) => set.clone(),
+            Known::Yes(None) => bail!("it is no member of a set yet: tombolo join @TOKEN"),
+            Known::No => bail!("state/ cannot be read: tombolo status tells why"),
+        };
+        let mut verifier = Verifier::default();
+        verifier.set_addresses(&underlay.addresses);
+        let members = verifier.verify(&observed);
+        let Known::Yes(known) = &members else { bail!("the members of the set cannot be read") };
+        let node = match node {
+            Some(node) => node.clone(),
+            // What is asked for then is the same for every node.
+            None => NodeName::new("localhost").context("a node's name")?,
+        };
+        let (world, _) = Node::world(&node, &observed, underlay, &members).context("it is no member")?;
+        let (desired, _) = plan::node(&world);
+        let revoked = RootChain::pinned(set.set, &set.roots)
+            .ok()
+            .and_then(|roots| verified_revocations(&roots, &set, &mut Vec::new()))
+            .map(|list| list.up_to.clone())
+            .unwrap_or_default();
+        Ok(Self { set, members: known.clone(), world, desired, revoked, observed })
+    }
+
+    /// The own cluster's ranges and nodes, as stated.
+    pub(super) fn own(&self) -> Option<&MemberNodes> {
+        self.members.nodes.get(&self.set.cluster)
+    }
+
+    /// Whose ranges an address lies in.
+    pub(super) fn owner(&self, address: IpAddr) -> Option<(&ClusterId, &MemberNodes)> {
+        let has = |m: &MemberNodes| m.owned.iter().chain(&m.tunnel).any(|p| p.contains(address));
+        self.members.nodes.iter().find(|(_, m)| has(m))
+    }
+
+    /// Clusters that were taken out and are not members (again).
+    pub(super) fn taken_out(&self) -> Vec<String> {
+        let gone = |id: &&ClusterId| !self.members.nodes.contains_key(*id);
+        self.revoked.keys().filter(gone).map(|id| format!("{id} was revoked")).collect()
+    }
+
+    /// Why a cluster does not count here; None if it does.
+    pub(super) fn refused(&self, cluster: &ClusterId) -> Option<String> {
+        if self.members.nodes.contains_key(cluster) {
+            return None;
+        }
+        Some(if self.revoked.contains_key(cluster) {
+            format!("cluster {cluster} was revoked by the administrator")
+        } else if self.observed.members.get().is_some_and(|members| members.contains_key(cluster)) {
+            format!("cluster {cluster} is refused here: tombolo status tells why")
+        } else {
+            format!("cluster {cluster} is not known here")
+        })
+    }
+}
