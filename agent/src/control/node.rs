@@ -31,6 +31,8 @@ use crate::observe::netlink::{Monitor, Underlay};
 const DEBOUNCE: Duration = Duration::from_millis(5);
 /// While a peer does not answer: when the next attempt may be due is known to the appliers.
 const ATTEMPT: Duration = Duration::from_secs(5);
+/// At a start the API may take so long before the cache is used: what it holds may be older than what is in the kernel.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// The cache is written so often at most.
 const SAVE: Duration = Duration::from_secs(5);
 /// A slow resync heals what no event told.
@@ -63,15 +65,19 @@ pub struct Node {
     pub shown: Arc<Shown>,
 }
 
-/// What the API does not tell (yet, or for now), as it was when it was last told.
-fn from_cache(now: Arc<Observed>, cached: Option<&Arc<Observed>>) -> Arc<Observed> {
-    let told = now.clusterset.is_known()
+/// Whether the API has told all that a plan needs.
+fn is_told(now: &Observed) -> bool {
+    now.clusterset.is_known()
         && now.members.is_known()
         && now.member_nodes.is_known()
         && now.nodes.is_known()
         && now.imports.is_known()
-        && now.slices.is_known();
-    let Some(cached) = cached.filter(|_| !told) else {
+        && now.slices.is_known()
+}
+
+/// What the API does not tell (yet, or for now), as it was when it was last told.
+fn from_cache(now: Arc<Observed>, cached: Option<&Arc<Observed>>) -> Arc<Observed> {
+    let Some(cached) = cached.filter(|_| !is_told(&now)) else {
         return now;
     };
     fn or<T: Clone>(now: &Known<T>, cached: &Known<T>) -> Known<T> {
@@ -104,8 +110,18 @@ impl Node {
         let mut last = last.take().map(Arc::new);
         let mut saved: Option<Instant> = None;
         let mut planned: Option<(Arc<Planned>, Vec<Finding>)> = None;
+        let begun = Instant::now();
         loop {
             let start = Instant::now();
+            let patience = PATIENCE.saturating_sub(begun.elapsed());
+            if !patience.is_zero() && !is_told(&observed.borrow_and_update()) {
+                tokio::select! {
+                    () = stop.cancelled() => return Ok(()),
+                    result = observed.changed() => result.context("the cluster's API ended")?,
+                    () = tokio::time::sleep(patience) => {}
+                }
+                continue;
+            }
             let now = from_cache(observed.borrow_and_update().clone(), last.as_ref());
             last = Some(now.clone());
             let underlay = self.monitor.underlay();
@@ -158,7 +174,8 @@ impl Node {
                     return Ok(());
                 }
                 result = observed.changed() => result.context("the cluster's API ended")?,
-                result = self.health.changed() => result.context("liveness ended")?,
+                // At the end it may stop first.
+                result = self.health.changed() => if !stop.is_cancelled() { result.context("liveness ended")? },
                 () = self.monitor.changed() => debug!("the kernel's state changed"),
                 () = tokio::time::sleep(wait) => {}
             }
