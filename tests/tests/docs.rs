@@ -126,6 +126,11 @@ fn every_check_that_can_fail_has_a_section() {
             };
         }
     }
+    for (_, code) in sources("ctl/src/command/check") {
+        for (at, add) in code.match_indices("lines.found(") {
+            found.extend(literal(&code[at + add.len()..]).map(|(name, _)| format!("membership {name}")));
+        }
+    }
     assert!(found.len() > 12 && found.contains("kernel tun"), "{found:?}");
     let missing: Vec<_> = found.symmetric_difference(&sections).collect();
     assert!(missing.is_empty(), "{PAGE} and `tombolo check` differ in {missing:?}");

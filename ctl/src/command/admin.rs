@@ -20,6 +20,14 @@ pub(super) struct Finding {
     pub(super) message: String,
 }
 
+impl Finding {
+    /// Where it is told what it means, harms, and what to do.
+    pub(super) fn page(&self) -> String {
+        let anchor = self.reason.chars().filter(char::is_ascii_alphanumeric).collect::<String>();
+        format!("docs/troubleshooting.md#{}", anchor.to_ascii_lowercase())
+    }
+}
+
 impl From<&tombolo_agent_core::finding::Finding> for Finding {
     fn from(finding: &tombolo_agent_core::finding::Finding) -> Self {
         let severity = match finding.severity {

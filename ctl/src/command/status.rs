@@ -344,6 +344,11 @@ fn text(printer: &Printer, status: &Status) -> String {
             plain(&finding.message)
         );
     }
+    let pages: BTreeSet<String> = status.findings.iter().map(Finding::page).collect();
+    if !pages.is_empty() {
+        let pages: Vec<String> = pages.into_iter().collect();
+        text += &format!("  what they mean and what to do: {}\n", pages.join(", "));
+    }
     text
 }
 

@@ -55,6 +55,13 @@ impl Lines {
         self.0.push(Line { category, name, verdict, message: message.into(), remedy: Vec::new() });
     }
 
+    /// What is wrong with the directory's objects or with members.
+    fn found(&mut self, name: &'static str, verdict: Verdict, finding: &admin::Finding) {
+        let message = plain(&format!("{}: {}: {}", finding.reason, finding.object, finding.message));
+        self.add("membership", name, verdict, message);
+        self.remedy(&[&finding.page()]);
+    }
+
     fn remedy(&mut self, lines: &[&str]) {
         if let Some(last) = self.0.last_mut() {
             last.remedy = lines.iter().map(|l| (*l).to_owned()).collect();
@@ -324,18 +331,12 @@ fn member(lines: &mut Lines, args: &Check) {
     }
     for finding in &observed.findings {
         let verdict = if finding.severity == Severity::Error { Verdict::Failure } else { Verdict::Warning };
-        lines.add(
-            "membership",
-            "objects",
-            verdict,
-            plain(&format!("{}: {}", finding.object, finding.message)),
-        );
+        lines.found("objects", verdict, &finding.into());
     }
     let verified = Verifier::default().verify(&observed);
     if let Known::Yes(verified) = &verified {
         for finding in &verified.findings {
-            let message = plain(&format!("{}: {}", finding.object, finding.message));
-            lines.add("membership", "members", Verdict::Warning, message);
+            lines.found("members", Verdict::Warning, &finding.into());
         }
         range::ranges(lines, &observed, verified);
     }
@@ -366,6 +367,7 @@ fn agent(lines: &mut Lines, args: &Check) {
             for finding in findings {
                 let message = plain(&format!("{}: {}: {}", finding.reason, finding.object, finding.message));
                 lines.add("agent", "findings", Verdict::Warning, message);
+                lines.remedy(&[&finding.page()]);
             }
         }
         Err(error) => {
