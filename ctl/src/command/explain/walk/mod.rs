@@ -1,6 +1,8 @@
 //! The walk: one step after another, until one is broken.
 
 mod service;
+#[cfg(test)]
+mod tests;
 mod way;
 
 use std::collections::BTreeMap;
