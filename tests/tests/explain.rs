@@ -134,10 +134,14 @@ fn services(lab: &Lab, pod: &str) -> Result<()> {
         std::fs::remove_file(path)?;
     }
     broken(lab, "us-w1", &[pod, API], "import", "namespace production does not exist in us-east")?;
-    let resolve = ["resolve", "--explain", API];
-    let output = lab.command("us-w1", &program::tombolo(&resolve)?)?.output()?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(text.contains("namespace production does not exist in us-east"), "{text}");
+    // The agent takes the import down a moment later.
+    wait_until("resolve to say why", SOON, || {
+        let words = program::tombolo(&["resolve", "--explain", API])?;
+        let output = lab.command("us-w1", &words)?.output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        ensure!(text.contains("namespace production does not exist in us-east"), "{text}");
+        Ok(())
+    })?;
     for (path, bytes) in &kept {
         std::fs::write(path, bytes)?;
     }
