@@ -20,9 +20,9 @@ use tombolo_proto::wire::{decode_endpoint, decode_grant};
 use crate::mallory::Mallory;
 
 /// How long news may take on a busy machine.
-pub const SOON: Duration = Duration::from_secs(20);
+pub const SOON: Duration = Duration::from_secs(60);
 /// A test's own limit.
-const LIMIT: Duration = Duration::from_secs(200);
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// Where a directory's ClusterSetIPs lie.
 const CLUSTERSET: [&str; 2] = ["198.19.0.0/16", "fd19:746f:6d62::/112"];
