@@ -265,7 +265,12 @@ impl Caller {
     }
 
     fn handle(&mut self, session: &mut Session, message: Message) -> Result<()> {
-        self.shared.with(|replica| session.handle_message(replica, message))?;
+        let handled = self.shared.with(|replica| session.handle_message(replica, message));
+        if handled.is_err() {
+            // What does not fit what was signed ends the session, and is a refusal like any other.
+            self.shown.metrics.refusals.inc();
+        }
+        handled?;
         let broker = self.broker.address.clone();
         for refusal in session.take_refusals() {
             self.shown.metrics.refusals.inc();

@@ -216,7 +216,7 @@ fn lying(name: &str, mode: Mode, refused: &[&[&str]], counted: bool) {
 #[test]
 fn an_evil_broker_that_flips_bits_of_records() {
     let words: &[&[&str]] = &[&["does not fit what"]];
-    lying("brokers::an_evil_broker_that_flips_bits_of_records", Mode::FlipRecords, words, false);
+    lying("brokers::an_evil_broker_that_flips_bits_of_records", Mode::FlipRecords, words, true);
 }
 
 #[test]
@@ -228,13 +228,13 @@ fn an_evil_broker_that_flips_bits_of_statements() {
 #[test]
 fn an_evil_broker_that_drops_records() {
     let words: &[&[&str]] = &[&["does not fit what"]];
-    lying("brokers::an_evil_broker_that_drops_records", Mode::DropRecords, words, false);
+    lying("brokers::an_evil_broker_that_drops_records", Mode::DropRecords, words, true);
 }
 
 #[test]
 fn an_evil_broker_that_mixes_statements() {
     let words: &[&[&str]] = &[&["does not fit what"]];
-    lying("brokers::an_evil_broker_that_mixes_statements", Mode::Mix, words, false);
+    lying("brokers::an_evil_broker_that_mixes_statements", Mode::Mix, words, true);
 }
 
 #[test]
