@@ -151,6 +151,8 @@ pub async fn lead(
         };
         let brake = begun.elapsed().clamp(DEBOUNCE, BRAKE);
         tokio::select! {
+            // The stop first: it ends the sessions too.
+            biased;
             () = stop.cancelled() => return Ok(Outcome::Stopped),
             ended = &mut sessions => {
                 ended.context("the sessions with the brokers failed")?;

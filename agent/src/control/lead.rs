@@ -28,7 +28,7 @@ pub struct Fence {
 }
 
 impl Fence {
-    fn new(start: Instant) -> Self {
+    pub(super) fn new(start: Instant) -> Self {
         Self { start, until: Arc::default() }
     }
 
@@ -37,7 +37,7 @@ impl Fence {
         self.start.elapsed().as_millis() < u128::from(self.until.load(Ordering::Acquire))
     }
 
-    fn set(&self, until: Duration) {
+    pub(super) fn set(&self, until: Duration) {
         self.until.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Ordering::Release);
     }
 }
