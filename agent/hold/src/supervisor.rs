@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -182,6 +182,9 @@ impl Supervisor {
         if let Some(socket) = child.as_ref().and_then(|c| c.keeper.as_ref()) {
             fds.push(PollFd::new(socket.as_fd(), PollFlags::POLLIN));
         }
+        if let Some(end) = child.as_ref().and_then(|c| c.end.as_ref()) {
+            fds.push(PollFd::new(end.as_fd(), PollFlags::POLLIN));
+        }
         let _ = poll(&mut fds, timeout);
         let asked = fds.get(1).and_then(PollFd::any).unwrap_or(false);
         if let (true, Some(child)) = (asked, child) {
@@ -207,7 +210,8 @@ impl Supervisor {
         }
         let child = command.spawn().map_err(|e| HoldError::io("start the child process", e))?;
         // Reaped by pid in `reap`, with everything else that may fall to us.
-        Ok(Child { pid: Pid::from_raw(child.id() as i32), keeper: Some(ours) })
+        let pid = Pid::from_raw(child.id() as i32);
+        Ok(Child { pid, keeper: Some(ours), end: pidfd(pid) })
     }
 }
 
@@ -215,6 +219,9 @@ struct Child {
     pid: Pid,
     /// Our end of its line, until it closes its own.
     keeper: Option<OwnedFd>,
+    /// Readable when it has ended: SIGCHLD alone is lost where another thread of the process takes it. None on a
+    /// kernel older than 5.3.
+    end: Option<OwnedFd>,
 }
 
 impl Child {
@@ -222,6 +229,13 @@ impl Child {
         // It may have gone this instant; SIGCHLD tells.
         let _ = kill(self.pid, signal);
     }
+}
+
+fn pidfd(pid: Pid) -> Option<OwnedFd> {
+    // SAFETY: a system call on two numbers; it returns a new descriptor or -1.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
+    // SAFETY: the descriptor is new and nobody else's.
+    RawFd::try_from(fd).ok().filter(|fd| *fd >= 0).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Runs in the child between fork and exec.
