@@ -201,7 +201,7 @@ fn nothing_in_clear_without_tunnels(lab: &Lab, hand: &Hand) -> Result<()> {
 /// A first handshake that met a device not yet configured is repeated after five seconds: waits until every tunnel
 /// has carried something.
 fn tunnels(lab: &Lab) -> Result<()> {
-    wait_until("tunnels", Duration::from_secs(20), || {
+    wait_until("tunnels", Duration::from_secs(90), || {
         let pods: Vec<_> = lab.topology().pods().collect();
         for (from, to) in pods.iter().flat_map(|a| pods.iter().map(move |b| (a, b))) {
             if from.cluster != to.cluster {
