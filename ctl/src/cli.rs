@@ -251,7 +251,7 @@ pub(crate) struct Resolve {
 
 #[derive(Args)]
 pub(crate) struct Explain {
-    /// From a pod's address or this node's name, to SERVICE.NAMESPACE[:PORT] or an address [:PORT] of another cluster.
+    /// From a pod's address or this node's name, to SERVICE.NAMESPACE, perhaps with :PORT, or an address of another cluster.
     /// An arrow may stand between the two, in quotes; FROM may be left out and is this node then.
     #[arg(value_name = "FROM TO", required = true, num_args = 1..=3)]
     pub(crate) words: Vec<String>,
