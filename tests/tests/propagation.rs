@@ -15,10 +15,7 @@ fn an_export_is_known_and_forgotten_within_a_second() {
         lab.bring_up()?;
         let figures = measure::propagation(&lab, 20)?;
         eprintln!("{figures}");
-        let strict = std::env::var_os("TOMBOLO_FULL").is_some();
-        // One slow turn of a shared machine is no broken promise: only `.ci/full` holds to the p99.
-        let of = |figure: &measure::Times| if strict { figure.p99_ms } else { figure.p50_ms };
-        ensure!(of(&figures.export) < 1000.0 && of(&figures.unexport) < 1000.0, "{figures}");
+        ensure!(figures.export.max_ms < 1000.0 && figures.unexport.max_ms < 1000.0, "{figures}");
         Ok(())
     });
 }

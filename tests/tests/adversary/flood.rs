@@ -9,11 +9,8 @@ use tombolo_lab::{Lab, measure};
 use crate::honest::{self, intact};
 use crate::mallory::{self, Mallory, PODS, at, backends, export, service};
 
-/// From an honest export to the name, at most (milliseconds). The promise is held to by `.ci/full`; a landing shares its
-/// machine with whatever runs beside it.
-fn budget() -> f64 {
-    if std::env::var_os("TOMBOLO_FULL").is_some() { 1000.0 } else { 5000.0 }
-}
+/// From an honest export to the name, at most (milliseconds).
+const BUDGET: f64 = 1000.0;
 
 /// Measures the honest pair before the flood and during it. `flood` is called again and again, at most `rate` times a
 /// second, with a number that grows.
@@ -56,8 +53,8 @@ fn flooded(
         })?;
         let said = times.load(Ordering::Relaxed);
         println!("{name}: {said} statements; before\n{before}\nduring\n{during}");
-        ensure!(before.export.max_ms < budget(), "slow before the flood already:\n{before}");
-        ensure!(during.export.max_ms < budget(), "the flood slows others:\n{during}\nbefore\n{before}");
+        ensure!(before.export.max_ms < BUDGET, "slow before the flood already:\n{before}");
+        ensure!(during.export.max_ms < BUDGET, "the flood slows others:\n{during}\nbefore\n{before}");
         lab.export("eu-west", "production", "api-service")?;
         tombolo_lab::wait_until("the honest service", honest::SOON, || honest::talk(&lab))?;
         intact(&lab, "mallory", &["flood.production", "flood-1.production"])?;
