@@ -50,7 +50,7 @@ const PROGRAMS: [&str; 4] = ["tombolo", "tombolo-agent", "tombolo-broker", "tomb
 pub fn ensure_built() -> Result<()> {
     if let Some(cargo) = std::env::var_os("CARGO") {
         let mut command = std::process::Command::new(cargo);
-        command.args(["build", "--quiet", "--bins"]);
+        command.args(["build", "--bins"]);
         for program in PROGRAMS {
             command.args(["--package", program]);
         }
