@@ -88,6 +88,8 @@ pub struct NodeWorld {
     pub underlay: BTreeSet<tombolo_proto::model::Family>,
     /// Ranges and addresses of this cluster that no other's node can have: reserved ones, ClusterSetIPs, own nodes.
     pub inner: BTreeSet<Prefix>,
+    /// Own nodes by their own addresses: hostNetwork backends of this cluster are reached there from within it.
+    pub hosts: Known<BTreeMap<IpAddr, NodeName>>,
     /// Every member, the own one too, verified again on this node. Unknown before the first full reading.
     pub members: Known<BTreeMap<ClusterId, MemberNodes>>,
     /// ServiceImports of the own API.

@@ -262,6 +262,15 @@ impl Node {
             underlay_mtu: underlay.mtu,
             underlay: underlay.addresses.iter().map(|a| Family::of(*a)).collect(),
             inner,
+            hosts: match observed.nodes.get() {
+                Some(nodes) => Known::Yes(
+                    nodes
+                        .iter()
+                        .flat_map(|(n, node)| node.addresses.iter().map(|a| (*a, n.clone())))
+                        .collect(),
+                ),
+                None => Known::No,
+            },
             members: match members {
                 Known::Yes(members) if members.usable => Known::Yes(members.nodes.clone()),
                 Known::Yes(_) | Known::No => Known::No,

@@ -2,25 +2,29 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
-use tombolo_proto::model::{Backend, ClusterId, Family};
+use tombolo_proto::model::{Backend, ClusterId, Family, NodeName};
 
 use super::findings::Findings;
 use crate::object::{Slice, SliceKey};
 use crate::world::MemberNodes;
 
 /// Slices without the backends that lie outside the ranges of their source, or in another family (law 2): whoever can
-/// write slices in this cluster still cannot send traffic anywhere else.
+/// write slices in this cluster still cannot send traffic anywhere else. The own cluster's may be on the host network of
+/// its nodes.
 pub(crate) fn owned<'a>(
     slices: &'a BTreeMap<SliceKey, Slice>,
     members: &BTreeMap<ClusterId, MemberNodes>,
+    (us, hosts): (&ClusterId, &BTreeMap<IpAddr, NodeName>),
     findings: &mut Findings,
 ) -> Cow<'a, BTreeMap<SliceKey, Slice>> {
     let good = |key: &SliceKey, backend: &Backend| {
         Family::of(backend.address) == key.family
-            && members
+            && (members
                 .get(&key.source)
                 .is_some_and(|m| m.owned.iter().chain(&m.tunnel).any(|p| p.contains(backend.address)))
+                || (key.source == *us && hosts.contains_key(&backend.address)))
     };
     let bad: Vec<(&SliceKey, &Slice)> =
         slices.iter().filter(|(key, slice)| !slice.backends.iter().all(|b| good(key, b))).collect();

@@ -19,6 +19,8 @@ use crate::world::ClusterWorld;
 pub(crate) struct Own {
     pub(crate) export: Export,
     pub(crate) shards: BTreeMap<u32, Backends>,
+    /// Tunnel addresses that stand for backends on a node's own network, and where those are within the cluster.
+    pub(crate) hosts: BTreeMap<IpAddr, IpAddr>,
 }
 
 /// All of them, and the conditions `Valid` and `Ready` of every ServiceExport.
@@ -197,6 +199,7 @@ fn own(
     findings: &mut Findings,
 ) -> Own {
     let mut outside: BTreeSet<IpAddr> = BTreeSet::new();
+    let mut real: BTreeMap<IpAddr, IpAddr> = BTreeMap::new();
     let mut groups: LocalBackends = Vec::new();
     for group in local {
         let known = |p: &&Port| {
@@ -209,7 +212,13 @@ fn own(
                 continue;
             }
             match hosts.reach(world, backend.address) {
-                Some(address) => backends.push(Backend { address, ..backend.clone() }),
+                Some(address) => {
+                    if address != backend.address {
+                        let lowest = real.entry(address).or_insert(backend.address);
+                        *lowest = backend.address.min(*lowest);
+                    }
+                    backends.push(Backend { address, ..backend.clone() });
+                }
                 None => {
                     outside.insert(backend.address);
                 }
@@ -230,7 +239,7 @@ fn own(
         let text = format!("{lost} backends are too many and are not exported");
         findings.error("TooManyBackends", format!("serviceexport {key}"), text);
     }
-    Own { export, shards }
+    Own { export, shards, hosts: real }
 }
 
 fn status(valid: (bool, &str, &str), ready: (bool, &str, &str)) -> ExportStatus {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use tombolo_proto::model::{ClusterId, DeviceFamily, DeviceNumber, Lane, Prefix, Protocol, Rank};
+use tombolo_proto::model::{ClusterId, DeviceFamily, DeviceNumber, Lane, NodeName, Prefix, Protocol, Rank};
 
 use super::findings::Findings;
 use super::roster::Stations;
@@ -17,6 +17,7 @@ pub(crate) fn firewall(
     world: &NodeWorld,
     members: &BTreeMap<ClusterId, MemberNodes>,
     stations: &BTreeMap<&ClusterId, Stations<'_>>,
+    hosts: &BTreeMap<IpAddr, NodeName>,
     imports: &BTreeMap<ServiceKey, Import>,
     slices: &BTreeMap<SliceKey, Slice>,
     findings: &mut Findings,
@@ -35,12 +36,21 @@ pub(crate) fn firewall(
     let here = |address: IpAddr| {
         claim.tunnel.contains(&address) || claim.prefixes.iter().any(|p| p.contains(address))
     };
+    // Others reach what is on this host's network by its tunnel address.
+    let stated = |address: IpAddr| match hosts.get(&address) {
+        Some(node) if *node == world.node => {
+            claim.tunnel.iter().copied().find(|t| t.is_ipv4() == address.is_ipv4()).unwrap_or(address)
+        }
+        Some(_) | None => address,
+    };
     // Whatever its readiness: that one changes often, and who may not have traffic is not sent any.
     let exported: BTreeSet<(IpAddr, Protocol, u16)> = slices
         .iter()
         .filter(|(key, _)| key.source == world.cluster)
         .flat_map(|(_, slice)| slice.ports.iter().map(move |port| (slice, port)))
-        .flat_map(|(slice, port)| slice.backends.iter().map(|b| (b.address, port.protocol, port.port)))
+        .flat_map(|(slice, port)| {
+            slice.backends.iter().map(|b| (stated(b.address), port.protocol, port.port))
+        })
         .filter(|(address, ..)| here(*address))
         .collect();
     let devices = |family: DeviceFamily| -> BTreeSet<DeviceNumber> {

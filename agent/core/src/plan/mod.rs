@@ -54,14 +54,18 @@ fn plan_node(world: &NodeWorld, findings: &mut Findings) -> NodeDesired {
         desired.routes = Section::Set(Default::default());
         desired.rules = Section::Set(Default::default());
     }
-    let (Some(imports), Some(slices)) = (world.imports.get(), world.slices.get()) else { return desired };
+    let (Some(imports), Some(slices), Some(hosts)) =
+        (world.imports.get(), world.slices.get(), world.hosts.get())
+    else {
+        return desired;
+    };
     let imports = &*vip::honest(world, imports, findings);
-    let slices = backend::owned(slices, members, findings);
+    let slices = backend::owned(slices, members, (&world.cluster, hosts), findings);
     desired.zone = Section::Set(Zone::build(imports, &slices));
 
     let stations: BTreeMap<&ClusterId, _> =
         members.iter().map(|(id, m)| (id, roster::stations(&world.cluster, id, m, findings))).collect();
-    let firewall = firewall::firewall(world, members, &stations, imports, &slices, findings);
+    let firewall = firewall::firewall(world, members, &stations, hosts, imports, &slices, findings);
     desired.firewall = Section::Set(firewall);
     if members.contains_key(&world.cluster) {
         let devices = peer::devices(world, members, &stations, findings);

@@ -62,7 +62,13 @@ pub(crate) fn slices(
                         count.lost = true;
                         continue;
                     }
-                    let list = divide(shard, family, import, exposed, member, &mut outside);
+                    let mut list = divide(shard, family, import, exposed, member, &mut outside);
+                    let hosts = (!foreign).then(|| sources.own?.get(service)).flatten().map(|own| &own.hosts);
+                    for backend in list.iter_mut().flat_map(|slice| &mut slice.backends) {
+                        if let Some(real) = hosts.and_then(|hosts| hosts.get(&backend.address)) {
+                            backend.address = *real;
+                        }
+                    }
                     count.lost |= list.len() > per_shard as usize;
                     count.taken += list.len().min(per_shard as usize);
                     objects.set.extend((0..per_shard).zip(list).map(|(index, slice)| (key(index), slice)));

@@ -324,7 +324,7 @@ fn backends_of_host_network_are_stated_by_tunnel_address_and_foreign_ones_not_at
     let slices = &desired.slices.get().unwrap().set;
     let all: Vec<String> =
         slices.values().flat_map(|s| s.backends.iter().map(|b| b.address.to_string())).collect();
-    assert_eq!(all, ["10.1.1.5", "198.18.1.2"]);
+    assert_eq!(all, ["10.1.1.5", "192.0.2.2"], "within the cluster, its node's own address");
     assert_eq!(slices.values().next().unwrap().ports, [port("p80", 8080)]);
 }
 

@@ -49,6 +49,7 @@ fn world(name: &str) -> NodeWorld {
         underlay_mtu: 1500,
         underlay: Family::ALL.into(),
         inner: nets(&["192.0.2.16/28"]),
+        hosts: Known::Yes(BTreeMap::new()),
         members: Known::Yes([(id("eu"), member(1)), (id("us"), member(2))].into()),
         imports: Known::Yes(BTreeMap::new()),
         slices: Known::Yes(BTreeMap::new()),
@@ -230,6 +231,7 @@ fn import(ports: &[tombolo_proto::model::Port], ips: &[&str]) -> Import {
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         clusters: BTreeSet::new(),
+        preferences: Default::default(),
     }
 }
 
@@ -284,6 +286,37 @@ fn vips_and_reach() {
 
     world.clusterset = None;
     assert!(self::firewall(&plan(&world).0).vips.is_empty());
+}
+
+#[test]
+fn own_backends_on_a_hosts_network_are_reached_there_and_let_in_by_tunnel_address() {
+    let mut world = world("w1");
+    world.hosts = Known::Yes([(ip("192.0.2.16"), node("w1")), (ip("192.0.2.17"), node("gw1"))].into());
+    world.imports = Known::Yes([(service("a/web"), import(&[port("", 80)], &["198.19.0.9"]))].into());
+    let slice = |names: &[&str]| Slice {
+        ports: vec![port("", 8080)],
+        backends: names.iter().map(|a| backend(a)).collect(),
+    };
+    let all = slice(&["192.0.2.16", "192.0.2.17", "192.0.2.18"]);
+    let theirs = slice(&["192.0.2.16"]);
+    world.slices = Known::Yes(
+        [(slice_key("a/web", "eu", Family::V4, 0), all), (slice_key("a/web", "us", Family::V4, 0), theirs)]
+            .into(),
+    );
+    let (desired, findings) = plan(&world);
+    assert_eq!(
+        findings,
+        ["BackendOutsideGrant", "BackendOutsideGrant"],
+        "192.0.2.18 is no node; us has none here"
+    );
+    let firewall = firewall(&desired);
+    let backends: Vec<_> = firewall.vips.values().next().unwrap().backends.iter().map(|b| b.0).collect();
+    assert_eq!(backends, [ip("192.0.2.16"), ip("192.0.2.17")]);
+    let tunnel = *firewall.tunnel.iter().find(|t| t.is_ipv4()).unwrap();
+    assert_eq!(firewall.exported, [(tunnel, Protocol::Tcp, 8080)].into());
+
+    world.hosts = Known::No;
+    assert_eq!(plan(&world).0.firewall, Section::Keep, "unknown hosts withdraw nothing");
 }
 
 #[test]

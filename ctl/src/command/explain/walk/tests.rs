@@ -85,6 +85,7 @@ fn here(change: impl FnOnce(&mut Observed, &mut Members)) -> Here {
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         clusters: BTreeSet::from([id("b"), id("c")]),
+        preferences: Default::default(),
     };
     let slice = |n: u8| Slice {
         ports: vec![port(8080)],
@@ -115,6 +116,7 @@ fn here(change: impl FnOnce(&mut Observed, &mut Members)) -> Here {
         underlay_mtu: 1500,
         underlay: BTreeSet::from([Family::V4]),
         inner: BTreeSet::new(),
+        hosts: Known::Yes(BTreeMap::new()),
         members: Known::Yes(members.nodes.clone()),
         health: Health::default(),
         imports: observed.imports.clone(),
