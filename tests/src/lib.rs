@@ -7,6 +7,7 @@
 
 #[allow(unsafe_code)]
 pub mod capture;
+mod change;
 #[allow(unsafe_code)]
 pub mod control;
 pub mod demo;
@@ -25,10 +26,12 @@ pub mod program;
 #[allow(unsafe_code)]
 pub mod sandbox;
 mod scenario;
+pub mod scorecard;
 pub mod serve;
 pub mod topology;
 
 pub use lab::{Lab, Running, host, wait_until};
 pub use pod::Flow;
-pub use scenario::scenario;
+pub use scenario::{scenario, scenario_alone};
+pub use scorecard::{measured, runs, strict};
 pub use topology::Topology;

@@ -16,7 +16,7 @@ use tombolo_lab::probe::{Pace, Question, Report, Stop, dns, ping, tcp, udp};
 use tombolo_lab::sandbox::{self, Sandbox};
 use tombolo_lab::serve::serve;
 use tombolo_lab::topology::{DEMO, TWO};
-use tombolo_lab::{Lab, Topology, demo, measure, program};
+use tombolo_lab::{Lab, Topology, demo, measure, program, scorecard};
 
 /// Clusters, nodes and pods as namespaces of this machine, with the real programs inside.
 #[derive(Parser)]
@@ -33,6 +33,29 @@ enum Command {
     /// Measure a promise in a lab of its own, and print the figures
     #[command(subcommand)]
     Measure(Measure),
+    /// Run the tests that measure promises and print their figures beside the budgets
+    ///
+    /// Every promise is one entry of tests/budgets.yaml. Each event runs in a lab of its own, under traffic, as often as
+    /// asked; one line each tells median, worst, budget and verdict. CONTROL MS is the longest gap of a flow that crosses
+    /// no tunnel at the same time: what the machine itself cost. Exits 1 if a promise was not kept. Use a machine that
+    /// does nothing else, and optimised programs: cargo run --release -p tombolo-lab -- scorecard
+    Scorecard {
+        /// Runs of each event (a test that takes minutes may have fewer).
+        #[arg(long, default_value_t = 50)]
+        runs: u32,
+        /// Only these events, or files of tests.
+        #[arg(long, value_delimiter = ',', value_name = "EVENT")]
+        only: Vec<String>,
+        /// The short forms of tests, as at a landing (30 s in place of 5 min, ...).
+        #[arg(long)]
+        short: bool,
+        /// List events and budgets; run nothing.
+        #[arg(long)]
+        list: bool,
+        /// As a table or as JSON.
+        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        output: Output,
+    },
     /// Build a lab and keep it until ^C or `down`
     Up {
         /// A topology file, or the name of a built-in topology: two, demo.
@@ -125,6 +148,13 @@ enum Measure {
         #[arg(long)]
         json: bool,
     },
+}
+
+/// How figures are printed.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    Table,
+    Json,
 }
 
 /// Which running lab.
@@ -234,6 +264,11 @@ fn print_error(error: &anyhow::Error) {
     eprintln!("error: {error:#}");
 }
 
+#[allow(clippy::print_stderr)]
+fn print_progress(text: &str) {
+    eprintln!("{text}");
+}
+
 #[allow(clippy::print_stdout)]
 fn print(text: &str) {
     println!("{text}");
@@ -336,6 +371,27 @@ fn run(command: Command) -> Result<ExitCode> {
             lab.bring_up()?;
             let figures = measure::propagation(&lab, rounds)?;
             print(&if json { serde_json::to_string_pretty(&figures)? } else { figures.to_string() });
+        }
+        Command::Scorecard { list: true, output, .. } => {
+            let budgets = scorecard::budgets()?;
+            let mut rows = vec![["EVENT", "BUDGET", "UNIT", "PROMISE"].map(str::to_owned)];
+            rows.extend(
+                budgets
+                    .iter()
+                    .map(|(event, b)| [event.clone(), b.budget.to_string(), b.unit.clone(), b.says.clone()]),
+            );
+            let json = || serde_json::to_string_pretty(budgets);
+            print(&if output == Output::Json { json()? } else { columns(&rows) });
+        }
+        Command::Scorecard { runs, only, short, output, .. } => {
+            Sandbox::check()?;
+            let options = scorecard::Options { runs: runs.max(1), only, short };
+            let card = scorecard::run(&options, print_progress)?;
+            let json = || serde_json::to_string_pretty(&card);
+            print(&if output == Output::Json { json()? } else { card.to_string() });
+            if !card.pass() {
+                return Ok(ExitCode::FAILURE);
+            }
         }
         Command::Up { topology: file, name, bare } => {
             let topology = topology(&file)?;

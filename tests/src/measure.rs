@@ -24,13 +24,22 @@ pub struct Times {
     pub p99_ms: f64,
     /// The longest.
     pub max_ms: f64,
+    /// All, in the order in which they were taken.
+    #[serde(skip)]
+    pub all_ms: Vec<f64>,
 }
 
 impl Times {
     fn of(mut times: Vec<Duration>) -> Self {
+        let all_ms = times.iter().copied().map(ms).collect();
         times.sort_unstable();
         let last = times.last().copied().unwrap_or_default();
-        Self { p50_ms: ms(percentile(&times, 50)), p99_ms: ms(percentile(&times, 99)), max_ms: ms(last) }
+        Self {
+            p50_ms: ms(percentile(&times, 50)),
+            p99_ms: ms(percentile(&times, 99)),
+            max_ms: ms(last),
+            all_ms,
+        }
     }
 }
 
@@ -54,7 +63,7 @@ impl std::fmt::Display for Propagation {
             "", "p50 ms", "p99 ms", "max ms", self.rounds
         )?;
         for (name, times) in [("export", &self.export), ("unexport", &self.unexport)] {
-            let Times { p50_ms, p99_ms, max_ms } = times;
+            let Times { p50_ms, p99_ms, max_ms, .. } = times;
             write!(f, "\n{name:<10}   {p50_ms:>8.1}   {p99_ms:>8.1}   {max_ms:>8.1}")?;
         }
         Ok(())
