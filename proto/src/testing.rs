@@ -13,8 +13,9 @@ use proptest::prelude::*;
 
 use crate::model::{
     Backend, BackendGroup, Backends, ClusterId, Device, DeviceNumber, Endpoint, Export, Family, Hostname,
-    Namespace, NamespacePattern, NodeName, Port, PortName, Position, Prefix, Protocol, Rank, Record,
-    RecordKey, Scope, ServiceName, ServiceType, SetName, WireguardKey, usable_address,
+    Namespace, NamespacePattern, NodeName, Port, PortName, Position, Prefer, Preference, Prefix, Priority,
+    Protocol, Rank, Record, RecordKey, Scope, ServiceName, ServiceType, SetName, Share, Weight, WireguardKey,
+    usable_address,
 };
 use crate::trust::{
     Binding, Broker, Brokers, Context, Digest, Envelope, Grant, Invitation, Membership, PublicKey,
@@ -310,9 +311,15 @@ pub fn any_export() -> impl Strategy<Value = Export> {
         (any_ports(), families, any::<bool>(), any::<bool>()),
         (option::of(1_u32..=86_400), option::of("[A-Za-z]{1,20}"), any::<u64>()),
         (labels, annotations),
+        any_preference(),
     )
         .prop_map(
-            |((ports, families, headless, internal_local), (affinity, distribution, created), maps)| Export {
+            |(
+                (ports, families, headless, internal_local),
+                (affinity, distribution, created),
+                maps,
+                preference,
+            )| Export {
                 kind: if headless { ServiceType::Headless } else { ServiceType::ClusterSetIP },
                 ports,
                 families,
@@ -322,8 +329,18 @@ pub fn any_export() -> impl Strategy<Value = Export> {
                 labels: maps.0,
                 annotations: maps.1,
                 created,
+                preference,
             },
         )
+}
+
+/// Any preference.
+pub fn any_preference() -> impl Strategy<Value = Preference> {
+    let prefer = option::of(prop_oneof![Just(Prefer::Local), Just(Prefer::Any)]);
+    (prefer, 0_u8..=100, 1_u8..=100).prop_map(|(prefer, priority, weight)| Preference {
+        prefer,
+        share: Share { priority: Priority::new(priority).unwrap(), weight: Weight::new(weight).unwrap() },
+    })
 }
 
 /// Any shard of backends.

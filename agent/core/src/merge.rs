@@ -7,9 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use tombolo_proto::model::{ClusterId, Export, Port};
+use tombolo_proto::model::{ClusterId, Export, Port, Prefer, Share};
 
-use crate::object::Import;
+use crate::object::{Import, Preferences};
 
 /// One cluster's part in a derived service.
 #[derive(Debug, Clone, Copy)]
@@ -142,8 +142,19 @@ pub fn merge(constituents: &[Constituent<'_>]) -> Option<Merged> {
         labels: first.labels.clone(),
         annotations: first.annotations.clone(),
         clusters: exposed.keys().cloned().collect(),
+        preferences: preferences(&ordered),
     };
     Some(Merged { import, exposed, oldest: oldest.cluster.clone(), conflicts })
+}
+
+/// The oldest that states whether to prefer local wins; priority and weight are each cluster's own.
+fn preferences(ordered: &[&Constituent<'_>]) -> Preferences {
+    let prefer = ordered.iter().find_map(|c| c.export.preference.prefer);
+    let shares = ordered.iter().map(|c| (c.cluster.clone(), c.export.preference.share));
+    Preferences {
+        local: prefer == Some(Prefer::Local),
+        shares: shares.filter(|(_, share)| *share != Share::default()).collect(),
+    }
 }
 
 /// Which of an export's ports are ports of a service whose merged ports are given.

@@ -7,8 +7,8 @@ use std::num::NonZeroU32;
 
 use serde::{Deserialize, Serialize};
 use tombolo_proto::model::{
-    Backend, BackendGroup, ClusterId, Device, DeviceNumber, Family, Namespace, NodeName, Port, Prefix,
-    ServiceName, ServiceType,
+    Backend, BackendGroup, ClusterId, Device, DeviceNumber, Family, Namespace, NodeName, Port, Preference,
+    Prefix, ServiceName, ServiceType, Share,
 };
 
 /// Names a service in every cluster of the set (namespace sameness, KEP-1645).
@@ -78,6 +78,10 @@ pub struct ServiceExport {
     pub annotations: BTreeMap<String, String>,
     /// `metadata.creationTimestamp`, unix seconds.
     pub created: u64,
+    /// Annotations `tombolo.dev/prefer`, `/priority` and `/weight`.
+    pub preference: Preference,
+    /// What is wrong with these, if anything is: their defaults count instead.
+    pub misread: Option<String>,
 }
 
 /// tombolo.dev TunnelNode: what a node says of itself. Written by that node alone.
@@ -114,6 +118,27 @@ pub struct Import {
     pub annotations: BTreeMap<String, String>,
     /// `status.clusters`
     pub clusters: BTreeSet<ClusterId>,
+    /// How connections are shared out among these.
+    #[serde(default)]
+    pub preferences: Preferences,
+}
+
+/// What the exports of a derived service prefer, merged.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Preferences {
+    /// A cluster that has eligible backends of its own uses only those.
+    #[serde(default)]
+    pub local: bool,
+    /// Shares that are not the default.
+    #[serde(default)]
+    pub shares: BTreeMap<ClusterId, Share>,
+}
+
+impl Preferences {
+    /// A cluster's share.
+    pub fn share(&self, cluster: &ClusterId) -> Share {
+        self.shares.get(cluster).copied().unwrap_or_default()
+    }
 }
 
 /// Names an imported EndpointSlice.

@@ -31,6 +31,7 @@ fn import(kind: ServiceType, ips: &[&str], ports: &[Port]) -> Import {
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         clusters: BTreeSet::new(),
+        preferences: Default::default(),
     }
 }
 

@@ -4,6 +4,7 @@ pub mod address;
 pub mod device;
 pub mod name;
 pub mod position;
+pub mod preference;
 pub mod record;
 pub mod service;
 
@@ -13,5 +14,6 @@ pub use name::{
     ClusterId, Hostname, NameError, Namespace, NamespacePattern, NodeName, PortName, ServiceName, SetName,
 };
 pub use position::Position;
+pub use preference::{Prefer, Preference, Priority, Share, Weight};
 pub use record::{Record, RecordKey, Scope, Subject, record_kind};
 pub use service::{Backend, BackendGroup, Backends, Export, Port, Protocol, ServiceType};

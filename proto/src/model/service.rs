@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Family, Hostname, PortName};
+use super::{Family, Hostname, PortName, Preference};
 
 /// A transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -105,6 +105,9 @@ pub struct Export {
     /// Creation of the ServiceExport, unix seconds, as its cluster claims. Effective is the later of this
     /// and the grant's `member_since`.
     pub created: u64,
+    /// How connections should be shared out among the clusters that export it.
+    #[serde(default)]
+    pub preference: Preference,
 }
 
 impl Export {

@@ -9,7 +9,8 @@ use super::{
 };
 use crate::model::{
     Backend, BackendGroup, Backends, Device, DeviceNumber, Endpoint, Export, Family, Hostname, NodeName,
-    Port, PortName, Protocol, Rank, ServiceType, WireguardKey, usable_address,
+    Port, PortName, Prefer, Preference, Priority, Protocol, Rank, ServiceType, Share, Weight, WireguardKey,
+    usable_address,
 };
 use crate::pb;
 
@@ -180,7 +181,33 @@ pub fn encode_export(export: &Export) -> Vec<u8> {
         labels: export.labels.clone(),
         annotations: export.annotations.clone(),
         created: export.created,
+        prefer: match export.preference.prefer {
+            None => pb::Prefer::Unspecified.into(),
+            Some(Prefer::Local) => pb::Prefer::Local.into(),
+            Some(Prefer::Any) => pb::Prefer::Any.into(),
+        },
+        priority: export.preference.share.priority.get().into(),
+        weight: match export.preference.share.weight {
+            Weight::DEFAULT => 0,
+            weight => weight.get().into(),
+        },
     })
+}
+
+/// What is out of bounds is taken for the nearest bound, and a wish that is not known for none: an export is never lost by
+/// its preferences.
+fn preference(value: &pb::Export) -> Preference {
+    let bounded = |n: u32| u8::try_from(n).unwrap_or(u8::MAX).min(100);
+    let prefer = match value.prefer() {
+        pb::Prefer::Unspecified => None,
+        pb::Prefer::Local => Some(Prefer::Local),
+        pb::Prefer::Any => Some(Prefer::Any),
+    };
+    let share = Share {
+        priority: Priority::new(bounded(value.priority)).unwrap_or_default(),
+        weight: Weight::new(bounded(value.weight)).unwrap_or_default(),
+    };
+    Preference { prefer, share }
 }
 
 /// Reads the body of an Export record.
@@ -233,6 +260,7 @@ pub fn decode_export(bytes: &[u8]) -> Result<Export> {
     }
     let ports = ports(&value.ports)?;
     distinct(&ports)?;
+    let preference = preference(&value);
     Ok(Export {
         kind,
         ports,
@@ -243,6 +271,7 @@ pub fn decode_export(bytes: &[u8]) -> Result<Export> {
         labels: value.labels,
         annotations: value.annotations,
         created: value.created,
+        preference,
     })
 }
 

@@ -151,6 +151,7 @@ fn judge(
         labels: export.labels.clone(),
         annotations: export.annotations.clone(),
         created: export.created,
+        preference: export.preference,
     };
     // Read as receivers will: what they refuse is not stated.
     let bytes = wire::encode_export(&stated);

@@ -36,6 +36,7 @@ fn import(kind: ServiceType, ips: &[&str], ports: Vec<model::Port>) -> Import {
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         clusters: BTreeSet::new(),
+        preferences: Default::default(),
     }
 }
 

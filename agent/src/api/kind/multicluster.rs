@@ -8,8 +8,8 @@ use k8s_openapi::api::core::v1::{ClientIPConfig, SessionAffinityConfig};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
-use tombolo_agent_core::object::{Condition, ExportStatus, Import, ServiceExport, ServiceKey};
-use tombolo_proto::model::{ClusterId, Port, ServiceType};
+use tombolo_agent_core::object::{Condition, ExportStatus, Import, Preferences, ServiceExport, ServiceKey};
+use tombolo_proto::model::{ClusterId, Port, Prefer, Preference, Priority, ServiceType, Share, Weight};
 
 use super::service::{family_text, port, read_families};
 use super::{
@@ -152,7 +152,66 @@ pub fn read_export(object: &ServiceExportResource) -> Result<(ServiceKey, Servic
         }
     }
     let created = object.metadata.creation_timestamp.as_ref().map_or(0, seconds);
-    Ok((key, ServiceExport { labels, annotations, created }))
+    let (preference, misread) = read_preference(object.metadata.annotations.as_ref());
+    Ok((key, ServiceExport { labels, annotations, created, preference, misread }))
+}
+
+/// `local` or `any`.
+const PREFER: &str = "tombolo.dev/prefer";
+/// 0 to 100, lower first.
+const PRIORITY: &str = "tombolo.dev/priority";
+/// 1 to 100.
+const WEIGHT: &str = "tombolo.dev/weight";
+/// On a ServiceImport: priority and weight of each cluster that has others than the default, as JSON.
+const SHARES: &str = "tombolo.dev/shares";
+
+/// What cannot be read has its default, and is told.
+fn read_preference(annotations: Option<&BTreeMap<String, String>>) -> (Preference, Option<String>) {
+    let mut preference = Preference::default();
+    let mut wrong: Vec<String> = Vec::new();
+    let mut read = |name: &str, expected: &str, take: &mut dyn FnMut(&str) -> Option<()>| {
+        let Some(text) = annotations.and_then(|a| a.get(name)) else { return };
+        if take(text.trim()).is_none() {
+            wrong.push(format!("annotation {name} is {:?}, not {expected}", super::shorten(text)));
+        }
+    };
+    read(PREFER, "local or any (any is used)", &mut |text| {
+        preference.prefer = Some(match text {
+            "local" => Prefer::Local,
+            "any" => Prefer::Any,
+            _ => return None,
+        });
+        Some(())
+    });
+    read(PRIORITY, "a number from 0 to 100 (0, the first choice, is used)", &mut |text| {
+        preference.share.priority = text.parse().ok().and_then(Priority::new)?;
+        Some(())
+    });
+    read(WEIGHT, "a number from 1 to 100 (100 is used)", &mut |text| {
+        preference.share.weight = text.parse().ok().and_then(Weight::new)?;
+        Some(())
+    });
+    (preference, (!wrong.is_empty()).then(|| wrong.join("; ")))
+}
+
+fn read_preferences(annotations: Option<&BTreeMap<String, String>>) -> Preferences {
+    let find = |name: &str| annotations.and_then(|a| a.get(name));
+    let shares: BTreeMap<ClusterId, Share> =
+        find(SHARES).and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+    Preferences { local: find(PREFER).is_some_and(|text| text == "local"), shares }
+}
+
+fn write_preferences(preferences: &Preferences) -> Result<BTreeMap<String, String>, Problem> {
+    let mut annotations = BTreeMap::new();
+    if preferences.local {
+        annotations.insert(PREFER.to_owned(), "local".to_owned());
+    }
+    if !preferences.shares.is_empty() {
+        let text = serde_json::to_string(&preferences.shares)
+            .map_err(|error| bad(format!("its shares cannot be written: {error}")))?;
+        annotations.insert(SHARES.to_owned(), text);
+    }
+    Ok(annotations)
 }
 
 /// The status in a ServiceExport.
@@ -197,7 +256,9 @@ pub fn write_import(key: &ServiceKey, import: &Import) -> Result<ServiceImportRe
             .collect::<BTreeMap<_, _>>()
     };
     metadata.labels.get_or_insert_default().extend(foreign(&import.labels));
-    metadata.annotations = Some(foreign(&import.annotations)).filter(|a| !a.is_empty());
+    let mut annotations = foreign(&import.annotations);
+    annotations.extend(write_preferences(&import.preferences)?);
+    metadata.annotations = Some(annotations).filter(|a| !a.is_empty());
     let type_ = match import.kind {
         ServiceType::ClusterSetIP => "ClusterSetIP",
         ServiceType::Headless => "Headless",
@@ -281,6 +342,7 @@ pub fn read_import(object: &ServiceImportResource) -> Result<(ServiceKey, Import
         labels: foreign(&object.metadata.labels),
         annotations: foreign(&object.metadata.annotations),
         clusters,
+        preferences: read_preferences(object.metadata.annotations.as_ref()),
     };
     Ok((key, import))
 }

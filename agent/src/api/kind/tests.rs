@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 use serde_json::{Value, json as value};
 use tombolo_agent_core::object::{
-    Condition, ExportStatus, Import, LocalKind, ServiceKey, Slice, SliceKey, TunnelNode,
+    Condition, ExportStatus, Import, LocalKind, Preferences, ServiceKey, Slice, SliceKey, TunnelNode,
 };
 use tombolo_agent_core::world::{ClustersetRanges, Reach};
-use tombolo_proto::model::{Family, Record, RecordKey, ServiceType};
+use tombolo_proto::model::{ClusterId, Family, Prefer, Record, RecordKey, ServiceType, Share};
 use tombolo_proto::testing::{
     any_backends, any_cluster, any_digest, any_endpoint, any_envelope, any_export, any_namespace, any_node,
     any_prefix, any_records, any_service, any_set, key,
@@ -46,6 +46,14 @@ fn any_import() -> impl Strategy<Value = Import> {
             traffic_distribution: export.traffic_distribution,
             labels: foreign(export.labels),
             annotations: foreign(export.annotations),
+            preferences: Preferences {
+                local: export.preference.prefer == Some(Prefer::Local),
+                shares: clusters
+                    .iter()
+                    .map(|c: &ClusterId| (c.clone(), export.preference.share))
+                    .filter(|(_, share)| *share != Share::default())
+                    .collect(),
+            },
             clusters,
         }
     })
@@ -206,9 +214,13 @@ fn pointers(value: &Value, at: &str) -> Vec<String> {
 
 #[test]
 fn the_key_comes_back() {
-    let key: SigningKey = key(3);
-    let back = secret::read(&secret::write(&key)).unwrap();
-    assert_eq!(back.public(), key.public());
+    let (new, old): (SigningKey, SigningKey) = (key(3), key(4));
+    let back = secret::read(&secret::write(&new, None)).unwrap();
+    assert_eq!(back.newest.public(), new.public());
+    assert!(back.previous.is_none());
+    let back = secret::read(&secret::write(&new, Some(&old))).unwrap();
+    assert_eq!(back.newest.public(), new.public());
+    assert_eq!(back.previous.unwrap().public(), old.public());
 }
 
 #[test]

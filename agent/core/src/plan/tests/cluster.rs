@@ -2,8 +2,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 use tombolo_proto::model::{
-    BackendGroup, Backends, Export, Family, Hostname, Position, Rank, RecordKey, Scope, ServiceType,
-    record_kind,
+    BackendGroup, Backends, Export, Family, Hostname, Position, Preference, Rank, RecordKey, Scope,
+    ServiceType, record_kind,
 };
 use tombolo_proto::testing;
 use tombolo_proto::trust::{Member, Membership};
@@ -74,7 +74,13 @@ fn local(ports: &[u16]) -> Service {
 }
 
 fn user_export(created: u64) -> ServiceExport {
-    ServiceExport { labels: BTreeMap::new(), annotations: BTreeMap::new(), created }
+    ServiceExport {
+        labels: BTreeMap::new(),
+        annotations: BTreeMap::new(),
+        created,
+        preference: Preference::default(),
+        misread: None,
+    }
 }
 
 fn group(ports: &[(u16, u16)], addresses: &[&str]) -> BackendGroup {

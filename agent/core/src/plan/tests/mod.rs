@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use tombolo_proto::model::{
     Backend, ClusterId, Device, DeviceFamily, DeviceNumber, Endpoint, Export, Family, Lane, NodeName, Port,
-    Prefix, Protocol, Rank, ServiceType, WireguardKey,
+    Preference, Prefix, Protocol, Rank, ServiceType, WireguardKey,
 };
 use tombolo_proto::testing::net;
 
@@ -56,6 +56,7 @@ fn export(created: u64, ports: &[Port]) -> Export {
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         created,
+        preference: Preference::default(),
     }
 }
 

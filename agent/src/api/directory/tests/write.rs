@@ -24,6 +24,7 @@ fn import(clusters: &[&str]) -> Import {
         labels: [("team".to_owned(), "sea".to_owned())].into(),
         annotations: BTreeMap::new(),
         clusters: clusters.iter().map(|c| cluster(c)).collect(),
+        preferences: Default::default(),
     }
 }
 
