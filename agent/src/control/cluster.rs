@@ -266,7 +266,7 @@ impl Controller {
             ));
             return Ok(None);
         }
-        let (serial, generation) = (membership.grant().serial, keep::generation(membership));
+        let (serial, generation) = (membership.grant().serial, membership.generation());
         match (Voice { epoch: self.epoch, last: self.last, seen }).turn(serial, generation) {
             Turn::Speak(position) => Ok(Some(position)),
             Turn::Reserve(floor) => {

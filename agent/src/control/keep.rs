@@ -193,11 +193,6 @@ impl Keeper {
     }
 }
 
-/// Generation of a membership's key.
-pub(super) fn generation(membership: &Membership) -> u32 {
-    u32::try_from(membership.bindings().len().saturating_sub(1)).unwrap_or(u32::MAX)
-}
-
 fn documents_of(clusterset: &ClusterSet) -> Documents {
     Documents {
         roots: clusterset.roots.clone(),

@@ -82,8 +82,9 @@ pub struct Membership {
 }
 
 impl Membership {
-    /// Bindings of a membership; after so many rotations the cluster is admitted anew.
-    pub const MAX_BINDINGS: usize = 256;
+    /// Bindings of a membership, so that one is always checked in milliseconds: after 63 rotations the cluster
+    /// is granted anew, which begins at generation 0 again.
+    pub const MAX_BINDINGS: usize = 64;
 
     /// Checks the whole chain: root, grant, binding 0, 1, ...
     pub fn verify(roots: &RootChain, grant: &Envelope, bindings: &[Envelope]) -> Result<Self, TrustError> {
@@ -100,7 +101,10 @@ impl Membership {
 
     fn extend(&mut self, envelope: &Envelope) -> Result<(), TrustError> {
         if self.bindings.len() >= Self::MAX_BINDINGS {
-            return Err(mismatch("too many bindings; admit the cluster anew".to_owned()));
+            return Err(mismatch(format!(
+                "its key was rotated {} times under one grant, which is the most there may be; grant the cluster anew",
+                Self::MAX_BINDINGS - 1
+            )));
         }
         let signer = self.bindings.last().map_or(self.grant.subject, |b| b.key);
         let binding = envelope.verify(Context::Binding, &[signer], wire::decode_binding)?;
@@ -140,6 +144,26 @@ impl Membership {
     /// The key of the newest generation.
     pub fn key(&self) -> PublicKey {
         self.bindings.last().map_or(self.grant.subject, |b| b.key)
+    }
+
+    /// Of the newest key: how often it was rotated under this grant.
+    pub fn generation(&self) -> u32 {
+        u32::try_from(self.bindings.len().saturating_sub(1)).unwrap_or(u32::MAX)
+    }
+
+    /// The membership after a rotation: `next` bound by the newest key, which `present` must be. Signatures are
+    /// deterministic, so two who do this with the same keys make the same document.
+    pub fn rotated(&self, present: &SigningKey, next: PublicKey) -> Result<Self, TrustError> {
+        let binding = Binding {
+            set: self.grant.set,
+            cluster: self.grant.cluster.clone(),
+            serial: self.grant.serial,
+            generation: self.generation().saturating_add(1),
+            key: next,
+        };
+        let mut membership = self.clone();
+        membership.extend(&binding.sign(present))?;
+        Ok(membership)
     }
 
     /// Whether this one says all that `other` says, and perhaps more: the first binding seen of each

@@ -7,14 +7,13 @@ use crate::api::kind::{cluster_set, json, member, secret};
 use crate::api::{ClusterSet, Error, Member};
 
 impl Directory {
-    /// Makes the directory a member: its set, its key and its own Member, in one batch. Joining the same set as
+    /// Makes the directory a member: its set, its key and its own Member. Joining the same set as
     /// the same cluster again replaces them (a newer grant, a new key).
     ///
     /// # Errors
     /// [`Error::AlreadyMember`] if it is a member of another set, or as another cluster.
     pub fn join(&self, set: &ClusterSet, key: &SigningKey, own_member: &Member) -> Result<(), Error> {
-        let (set_id, key_id, member_id) =
-            (own(cluster_set::id())?, own(secret::id())?, own(member::id(&set.cluster))?);
+        let (set_id, member_id) = (own(cluster_set::id())?, own(member::id(&set.cluster))?);
         let known = self.read_clusterset()?;
         if let Some(known) = &known
             && (known.value.set != set.set || known.value.cluster != set.cluster)
@@ -27,12 +26,19 @@ impl Directory {
         }
         let set_value = json(&own(cluster_set::write(set))?);
         let member_value = json(&own(member::write(&set.cluster, own_member))?);
+        // A key that is replaced is kept until the Member that binds the new one is on the disk.
+        let mut version = self.keys_version()?;
+        let held = self.read_cluster_key()?;
+        let replaced = held.as_ref().filter(|held| held.public() != key.public());
+        version = Some(self.swap_keys(version.as_ref(), key, replaced)?);
         self.store.transact(|t| {
-            t.put(&key_id, secret::write(key))?;
             put_member(t, &set.cluster, &member_id, member_value, &std::collections::BTreeMap::new())?;
             t.swap(&set_id, set_value, known.as_ref().map(|known| &known.version))?;
             Ok(())
         })?;
+        if replaced.is_some() {
+            self.swap_keys(version.as_ref(), key, None)?;
+        }
         Ok(())
     }
 
@@ -50,7 +56,7 @@ impl Directory {
             object: id.to_string(),
             message: format!("the system gives no randomness for a key ({error})"),
         })?;
-        self.store.transact(|t| t.swap(&id, secret::write(&key), None).map(|_| ()))?;
+        self.store.transact(|t| t.swap(&id, secret::write(&key, None), None).map(|_| ()))?;
         Ok(key)
     }
 

@@ -9,6 +9,7 @@ mod join;
 mod memory;
 mod object;
 mod reader;
+mod rotate;
 mod store;
 mod tree;
 mod watch;
@@ -28,7 +29,7 @@ use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::known::{Known, Objects};
 use tombolo_agent_core::object::{ExportStatus, Import, ServiceKey, Slice, SliceKey, TunnelNode};
 use tombolo_proto::model::{ClusterId, NodeName, Record, RecordKey};
-use tombolo_proto::trust::SigningKey;
+use tombolo_proto::trust::{PublicKey, SigningKey};
 
 use super::kind::{
     self, Kind, ObjectId, Problem, cluster_set, json, lease, member, multicluster, secret, slice, time,
@@ -41,6 +42,9 @@ use store::{Store, Transaction, object_error, version};
 use watch::Watching;
 
 pub use export::Edited;
+pub use rotate::Rotation;
+#[cfg(test)]
+pub(crate) use rotate::Step;
 
 /// What people write.
 pub const MANIFESTS: &str = "manifests";
@@ -129,12 +133,21 @@ impl Directory {
         self.read_typed(&own(cluster_set::id())?, |value| cluster_set::read(&typed(value)?))
     }
 
-    /// The cluster's signing key.
+    /// The cluster's signing key: while it is being rotated the one that the own Member binds.
     ///
     /// # Errors
     /// If the Secret cannot be read.
     pub fn read_cluster_key(&self) -> Result<Option<SigningKey>, Error> {
-        Ok(self.read_typed(&own(secret::id())?, secret::read)?.map(|key| key.value))
+        let Some(Versioned { value: keys, .. }) = self.read_typed(&own(secret::id())?, secret::read)? else {
+            return Ok(None);
+        };
+        let Some(previous) = keys.previous else { return Ok(Some(keys.newest)) };
+        let bound = match self.read_clusterset()? {
+            Some(set) => self.read_typed(&own(member::id(&set.value.cluster))?, |v| member::read(&typed(v)?))?,
+            None => None,
+        };
+        let bound = bound.and_then(|member| bound_key(&member.value.1));
+        Ok(Some(if bound == Some(previous.public()) { previous } else { keys.newest }))
     }
 
     fn read_typed<T>(
@@ -315,12 +328,17 @@ impl ClusterApi for Directory {
         let (cluster, nodes) = (cluster.clone(), nodes.clone());
         let id = own(member::id(&cluster))?;
         let value = json(&own(member::write(&cluster, member))?);
-        let serial = serial(member);
+        let (serial, bindings) = (serial(member), member.bindings.clone());
         let work = move |t: &mut Transaction<'_>| {
             let known = t.get(&id)?.flatten();
             let known = known.and_then(|value| member::read(&typed(&value).ok()?).ok());
-            if known.is_some_and(|(_, known)| self::serial(&known) > serial) {
-                // Joined anew since the caller looked.
+            let newer = |known: &Member| {
+                let held = self::serial(known);
+                let extends = known.bindings.len() > bindings.len() && known.bindings.starts_with(&bindings);
+                held > serial || (held == serial && extends)
+            };
+            if known.is_some_and(|(_, known)| newer(&known)) {
+                // Joined anew, or its key rotated, since the caller looked.
                 return Err(Error::Conflict { object: id.to_string() });
             }
             put_member(t, &cluster, &id, value, &nodes)
@@ -404,6 +422,12 @@ impl ClusterApi for Directory {
 /// The serial that a Member's grant claims.
 fn serial(member: &Member) -> Option<u64> {
     tombolo_proto::wire::decode_grant(&member.grant.payload).ok().map(|grant| grant.serial)
+}
+
+/// The key that a Member's last binding claims.
+fn bound_key(member: &Member) -> Option<PublicKey> {
+    let binding = tombolo_proto::wire::decode_binding(&member.bindings.last()?.payload).ok()?;
+    Some(binding.key)
 }
 
 /// Writes a cluster's nodes, and then the statement that they fit.

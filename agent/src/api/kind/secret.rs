@@ -16,9 +16,23 @@ pub fn id() -> Result<ObjectId, Problem> {
     ObjectId::namespaced(Kind::Secret, &namespace, NAME)
 }
 
-/// The API's object; the seed is in base64 as all data of Secrets.
-pub fn write(key: &SigningKey) -> Value {
-    let seed = Zeroizing::new(data_encoding::BASE64.encode(key.seed().as_ref()));
+/// The cluster's key, and while it is being rotated the one before: which of them counts says the own Member, whose
+/// membership binds it. Written with both before the new one is bound, so that a process that dies at any moment
+/// leaves one that is bound.
+pub struct ClusterKeys {
+    /// The newest.
+    pub newest: SigningKey,
+    /// The one before, while it may be needed.
+    pub previous: Option<SigningKey>,
+}
+
+/// The API's object; seeds are in base64 as all data of Secrets.
+pub fn write(newest: &SigningKey, previous: Option<&SigningKey>) -> Value {
+    let text = |key: &SigningKey| Zeroizing::new(data_encoding::BASE64.encode(key.seed().as_ref()));
+    let mut data = json!({ "seed": text(newest).as_str() });
+    if let (Some(previous), Some(data)) = (previous, data.as_object_mut()) {
+        data.insert("previousSeed".to_owned(), Value::String(text(previous).to_string()));
+    }
     json!({
         "apiVersion": "v1",
         "kind": "Secret",
@@ -28,16 +42,21 @@ pub fn write(key: &SigningKey) -> Value {
             "labels": { MANAGED_BY_LABEL: MANAGED_BY },
         },
         "type": "tombolo.dev/cluster-key",
-        "data": { "seed": seed.as_str() },
+        "data": data,
     })
 }
 
-/// The key.
-pub fn read(object: &Value) -> Result<SigningKey, Problem> {
-    let text = object.pointer("/data/seed").and_then(Value::as_str);
-    let text = text.ok_or_else(|| bad("data.seed is missing"))?;
+/// The keys.
+pub fn read(object: &Value) -> Result<ClusterKeys, Problem> {
+    let newest = seed(object, "seed")?.ok_or_else(|| bad("data.seed is missing"))?;
+    Ok(ClusterKeys { newest, previous: seed(object, "previousSeed")? })
+}
+
+fn seed(object: &Value, field: &str) -> Result<Option<SigningKey>, Problem> {
+    let Some(value) = object.pointer(&format!("/data/{field}")) else { return Ok(None) };
+    let text = value.as_str().ok_or_else(|| bad(format!("data.{field} is not a text")))?;
     let bytes = data_encoding::BASE64.decode(text.as_bytes()).map(Zeroizing::new);
-    let bytes = bytes.map_err(|_| bad("data.seed is not base64"))?;
+    let bytes = bytes.map_err(|_| bad(format!("data.{field} is not base64")))?;
     let seed: Result<&[u8; 32], _> = bytes.as_slice().try_into();
-    Ok(SigningKey::from_seed(seed.map_err(|_| bad("data.seed is not 32 bytes long"))?))
+    Ok(Some(SigningKey::from_seed(seed.map_err(|_| bad(format!("data.{field} is not 32 bytes long")))?)))
 }

@@ -20,7 +20,7 @@ use tombolo_proto::wire::{decode_endpoint, decode_grant, decode_statement};
 use tombolo_replica::verify_nodes;
 
 use crate::admin::Shown;
-use crate::api::directory::{Directory, MANIFESTS, STATE};
+use crate::api::directory::{Directory, MANIFESTS, STATE, Step};
 use crate::api::{Applied, ClusterApi, ClusterSet, Error, Lease, Member, Observed, Version, Versioned};
 use crate::control::lead;
 
@@ -460,5 +460,48 @@ async fn it_never_speaks_below_what_its_member_says() {
     until("it speaks above", || bench.position().is_some_and(|p| p > far)).await;
     assert_eq!(bench.position().unwrap().epoch, far.epoch + 1);
     assert!(matches!(bench.directory.read().members, Known::Yes(_)));
+    running.end().await;
+}
+
+#[tokio::test]
+async fn a_rotated_key_is_spoken_with_at_once() {
+    let bench = Bench::new();
+    let running = bench.lead();
+    until("it has spoken", || bench.position().is_some()).await;
+    for generation in 1..4 {
+        assert_eq!(bench.directory.rotate_cluster_key().unwrap().generation, generation);
+        until("it speaks with the new key", || bench.position().is_some_and(|p| p.generation == generation))
+            .await;
+        until("its Member is whole", || bench.is_whole()).await;
+        let (member, _) = bench.member().unwrap();
+        let (_, roots) = set();
+        let membership = Membership::verify(&roots, &member.grant, &member.bindings).unwrap();
+        membership.statement(member.statement.as_ref().unwrap()).unwrap();
+    }
+    assert!(!bench.found("KeyMismatch"));
+    running.end().await;
+}
+
+#[tokio::test]
+async fn a_rotation_that_was_cut_off_silences_nobody() {
+    let bench = Bench::new();
+    let running = bench.lead();
+    until("it has spoken", || bench.position().is_some()).await;
+    bench.directory.rotate_cluster_key_until(Step::Kept).unwrap();
+    // It goes on with the old key, and so does one that starts now.
+    let before = bench.position();
+    bench.export("api");
+    running.end().await;
+    let running = bench.lead();
+    until("it speaks on", || bench.position() > before).await;
+    assert_eq!(bench.position().unwrap().generation, 0);
+    bench.directory.rotate_cluster_key_until(Step::Bound).unwrap();
+    until("it speaks with the new key", || bench.position().is_some_and(|p| p.generation == 1)).await;
+    running.end().await;
+    let running = bench.lead();
+    let before = bench.position();
+    until("it speaks on", || bench.position() > before).await;
+    assert!(bench.directory.rotate_cluster_key().unwrap().resumed);
+    assert!(!bench.found("KeyMismatch"));
     running.end().await;
 }

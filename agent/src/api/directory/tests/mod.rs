@@ -1,6 +1,7 @@
 //! Tests of the directory as a whole.
 
 mod manifest;
+mod rotate;
 mod watching;
 mod write;
 
