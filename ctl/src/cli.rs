@@ -62,6 +62,8 @@ pub(crate) enum Command {
     Join(Join),
     /// Print this cluster's public key, for `tombolo admit`
     Key(ClusterArgs),
+    /// Change this cluster's keys, under traffic
+    Rotate(Rotate),
     /// Export a service to the set
     Export(Export),
     /// Stop exporting a service
@@ -114,9 +116,16 @@ pub(crate) struct GrantArgs {
     /// The cluster's id: one DNS label, unique in the set.
     pub(crate) cluster: ClusterId,
     /// A pod range of the cluster; may be repeated (IPv4 and IPv6).
-    #[arg(long, required = true, value_name = "CIDR")]
+    #[arg(long, required_unless_present_any = ["add_pod_cidr", "remove_pod_cidr"], value_name = "CIDR")]
     pub(crate) pod_cidr: Vec<Prefix>,
-    /// Namespaces it may export: a name, or the beginning of one and '*'. Default: all.
+    /// Grant anew what the cluster has, and this pod range too; may be repeated.
+    #[arg(long, conflicts_with = "pod_cidr", value_name = "CIDR")]
+    pub(crate) add_pod_cidr: Vec<Prefix>,
+    /// Grant anew what the cluster has, without this pod range; may be repeated.
+    #[arg(long, conflicts_with = "pod_cidr", value_name = "CIDR")]
+    pub(crate) remove_pod_cidr: Vec<Prefix>,
+    /// Namespaces it may export: a name, or the beginning of one and '*'. Default: all, or what it has when ranges are
+    /// added or removed.
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     pub(crate) namespaces: Vec<NamespacePattern>,
     /// Grant anew to a cluster that is granted already (a lost token or key, other ranges). Name all its ranges and
@@ -158,6 +167,9 @@ pub(crate) struct Revoke {
     /// Only sign the list; hand it to the brokers later, by the same command.
     #[arg(long)]
     pub(crate) offline: bool,
+    /// End all its grants but the newest: the cluster stays a member if it has joined by that one.
+    #[arg(long)]
+    pub(crate) older: bool,
     /// Do not ask.
     #[arg(long, short)]
     pub(crate) yes: bool,
@@ -178,9 +190,34 @@ pub(crate) struct Join {
     /// Where this cluster takes its IPv6 ClusterSetIPs from. [default: fd19:746f:6d62::/112]
     #[arg(long, value_name = "CIDR")]
     pub(crate) clusterset_v6: Option<Ipv6Net>,
+    /// Take the new grant with a new key instead of the one that the cluster has: for one that may be stolen.
+    #[arg(long)]
+    pub(crate) new_key: bool,
     /// A range of this cluster that no other may ever own here (Services, API server, ...); may be repeated.
     #[arg(long, value_name = "CIDR")]
     pub(crate) reserve: Vec<Prefix>,
+}
+
+#[derive(Args)]
+pub(crate) struct Rotate {
+    #[command(subcommand)]
+    pub(crate) what: RotateWhat,
+}
+
+/// Which keys.
+#[derive(Subcommand)]
+pub(crate) enum RotateWhat {
+    /// The key that signs what this cluster says: a new one, bound by the present one
+    ClusterKey(RotateClusterKey),
+}
+
+#[derive(Args)]
+pub(crate) struct RotateClusterKey {
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+    /// Seconds to wait until the leading agent speaks with the new key. 0: do not wait.
+    #[arg(long, default_value_t = 20, value_name = "SECONDS")]
+    pub(crate) wait: u64,
 }
 
 fn reach_parser() -> impl TypedValueParser<Value = Reach> {

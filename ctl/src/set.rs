@@ -50,6 +50,12 @@ pub(crate) struct NewGrant {
     pub(crate) renew: bool,
 }
 
+/// What is to be different from what a cluster has.
+pub(crate) struct Change {
+    pub(crate) add: BTreeSet<Prefix>,
+    pub(crate) remove: BTreeSet<Prefix>,
+}
+
 #[derive(Serialize, Deserialize)]
 struct Settings {
     tunnel_pool: Ipv4Net,
@@ -156,6 +162,32 @@ impl SetDir {
         self.grants.values().filter(|g| !revoked(g)).map(|g| (&g.cluster, g)).collect()
     }
 
+    /// The pod ranges that a cluster has after a change, and the namespaces that it has.
+    pub(crate) fn changed(
+        &self,
+        cluster: &ClusterId,
+        change: &Change,
+    ) -> Result<(BTreeSet<Prefix>, Vec<NamespacePattern>)> {
+        let live = self.live();
+        let Some(old) = live.get(cluster) else {
+            bail!("cluster {cluster} has no grant that could be changed; `tombolo members` lists them");
+        };
+        let list = || old.owned.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        if let Some(prefix) = change.add.iter().find(|p| old.owned.iter().any(|o| o.overlaps(p))) {
+            bail!("{prefix} overlaps what cluster {cluster} has already ({}); nothing was granted", list());
+        }
+        if let Some(prefix) = change.remove.iter().find(|p| !old.owned.contains(*p)) {
+            bail!("cluster {cluster} was not granted {prefix}, but {}; nothing was granted", list());
+        }
+        let owned: BTreeSet<Prefix> = &(&old.owned - &change.remove) | &change.add;
+        if owned.is_empty() {
+            bail!(
+                "cluster {cluster} would have no pod range left; end its membership with `tombolo revoke {cluster}`"
+            );
+        }
+        Ok((owned, old.namespaces.clone()))
+    }
+
     /// Signs a grant with the next serial and a tunnel range of its own.
     pub(crate) fn grant(&mut self, new: NewGrant) -> Result<Verified<Grant>> {
         let live = self.live();
@@ -242,15 +274,26 @@ impl SetDir {
         Ok(BTreeSet::from([v4, v6]))
     }
 
-    /// Signs a new list of revocations that ends the cluster's grants up to its newest.
-    pub(crate) fn revoke(&mut self, cluster: &ClusterId) -> Result<Verified<Revocations>> {
-        let serial =
-            self.grants.values().filter(|g| g.cluster == *cluster).map(|g| g.serial).max().with_context(
-                || format!("cluster {cluster} has no grant in this set; `tombolo members` lists them"),
-            )?;
+    /// Up to which serial a revocation ends the cluster's grants: its newest, or with `older` the one before.
+    pub(crate) fn last_serial(&self, cluster: &ClusterId, older: bool) -> Result<u64> {
+        let mut serials = self.grants.values().rev().filter(|g| g.cluster == *cluster).map(|g| g.serial);
+        let newest = serials.next().with_context(|| {
+            format!("cluster {cluster} has no grant in this set; `tombolo members` lists them")
+        })?;
+        if !older {
+            return Ok(newest);
+        }
+        serials.next().with_context(|| {
+            format!("cluster {cluster} has no grant but {newest}; `tombolo revoke {cluster}` ends that one")
+        })
+    }
+
+    /// Signs a new list of revocations that ends the cluster's grants up to a serial.
+    pub(crate) fn revoke(&mut self, cluster: &ClusterId, serial: u64) -> Result<Verified<Revocations>> {
         let (version, mut up_to) =
             self.revocations.as_ref().map(|r| (r.version, r.up_to.clone())).unwrap_or_default();
-        up_to.insert(cluster.clone(), serial);
+        let up_to_now = up_to.entry(cluster.clone()).or_default();
+        *up_to_now = serial.max(*up_to_now);
         let version = next(version, "versions of the revocations")?;
         let list = Revocations { set: self.roots.set(), version, up_to };
         let envelope = list.sign(&self.root_key()?);

@@ -22,6 +22,7 @@ use zeroize::Zeroizing;
 use super::{now, say};
 use crate::cli::{ClusterArgs, Join};
 use crate::output::Printer;
+use crate::set::new_key;
 
 /// Makes the cluster's key if there is none, and prints its public half.
 pub(super) fn key(printer: &Printer, args: &ClusterArgs) -> Result<()> {
@@ -91,7 +92,14 @@ pub(super) fn join(printer: &Printer, args: &Join) -> Result<()> {
             invitation.grant.cluster
         );
     }
-    let key = key_for(directory.as_ref(), &invitation, &args.cluster.cluster_dir)?;
+    let key = match key_for(directory.as_ref(), &invitation, &args.cluster.cluster_dir)? {
+        Some(_) if args.new_key && invitation.invite_key.is_none() => bail!(
+            "an admission is for one key, so --new-key does not fit: ask the administrator for a token (`tombolo invite {} --renew`)",
+            invitation.grant.cluster
+        ),
+        Some(_) if args.new_key => Some(new_key()?),
+        key => key,
+    };
     let (directory, key) = match (directory, key) {
         (Some(directory), Some(key)) => (directory, key),
         (directory, _) => {
@@ -244,6 +252,15 @@ fn same(
     invitation: &Invitation,
     args: &Join,
 ) -> Result<()> {
+    if args.new_key {
+        bail!(
+            "{} has joined by this very grant ({}), and a grant takes one first key: `tombolo rotate cluster-key` changes it, \
+             or ask for another token if the key may be stolen (`tombolo invite {} --renew`)",
+            known.value.cluster,
+            invitation.grant.serial,
+            known.value.cluster
+        );
+    }
     let mut set = known.value.clone();
     apply_settings(&mut set, directory, args)?;
     judge_ranges(&set.clusterset, &set.reserved, &invitation.grant)?;

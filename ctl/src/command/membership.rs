@@ -15,7 +15,7 @@ use zeroize::Zeroizing;
 use super::{now, say};
 use crate::cli::{Admit, GrantArgs, Init, Invite, Revoke, SetArgs};
 use crate::output::{Printer, Table};
-use crate::set::{NewGrant, SetDir, new_key};
+use crate::set::{Change, NewGrant, SetDir, new_key};
 
 pub(super) fn init(printer: &Printer, args: Init) -> Result<()> {
     let dir = args.set.dir;
@@ -73,17 +73,32 @@ fn grant(
     now: u64,
 ) -> Result<(SetDir, Verified<Grant>)> {
     let mut set = SetDir::open(&args.set.dir)?;
-    let owned: BTreeSet<_> = args.pod_cidr.into_iter().collect();
-    let new = NewGrant {
-        cluster: args.cluster,
-        owned,
-        namespaces: args.namespaces,
-        subject,
-        bind_before,
-        now,
-        renew: args.renew,
+    let change = Change {
+        add: args.add_pod_cidr.into_iter().collect(),
+        remove: args.remove_pod_cidr.into_iter().collect(),
     };
+    let changes = !(change.add.is_empty() && change.remove.is_empty());
+    let (owned, held) = if changes {
+        set.changed(&args.cluster, &change)?
+    } else {
+        (args.pod_cidr.into_iter().collect(), Vec::new())
+    };
+    let namespaces = if args.namespaces.is_empty() { held } else { args.namespaces };
+    let renew = args.renew || changes;
+    let new = NewGrant { cluster: args.cluster, owned, namespaces, subject, bind_before, now, renew };
     let grant = set.grant(new)?;
+    if renew {
+        say(format!(
+            "It replaces what {0} has when {0} joins by it (`tombolo join` there, under traffic); until then nothing changes.",
+            grant.cluster
+        ));
+    }
+    if !change.remove.is_empty() {
+        say(format!(
+            "If {0} does not join by it, `tombolo revoke {0} --older` takes the removed ranges away, and all else, until it does.",
+            grant.cluster
+        ));
+    }
     Ok((set, grant))
 }
 
@@ -194,17 +209,20 @@ pub(super) fn members(printer: &Printer, args: &SetArgs) -> Result<()> {
 
 pub(super) fn revoke(printer: &Printer, args: &Revoke) -> Result<()> {
     let mut set = SetDir::open(&args.set.dir)?;
-    if !set.grants.values().any(|grant| grant.cluster == args.cluster) {
-        bail!("cluster {} has no grant in this set; `tombolo members` lists those that have", args.cluster);
-    }
+    let serial = set.last_serial(&args.cluster, args.older)?;
     if !args.yes {
-        if !std::io::stdin().is_terminal() {
-            bail!(
-                "this ends the membership of {} everywhere; add --yes to do it without a terminal",
+        let what = if args.older {
+            format!(
+                "ends the grants of {0} up to {serial} everywhere: it is no member unless it joined by a newer one",
                 args.cluster
-            );
+            )
+        } else {
+            format!("ends the membership of {} everywhere", args.cluster)
+        };
+        if !std::io::stdin().is_terminal() {
+            bail!("this {what}; add --yes to do it without a terminal");
         }
-        say(format!("This ends the membership of {} everywhere. Type its id to go on:", args.cluster));
+        say(format!("This {what}. Type its id to go on:"));
         let mut answer = String::new();
         std::io::stdin().lock().read_line(&mut answer)?;
         if answer.trim() != args.cluster.as_str() {
@@ -226,17 +244,16 @@ pub(super) fn revoke(printer: &Printer, args: &Revoke) -> Result<()> {
             }
         }
     }
-    // A cluster that is revoked already: the same list is handed out again.
+    // Revoked already: the same list is handed out again.
     let list = match &set.revocations {
-        Some(list) if list.up_to.contains_key(&args.cluster) && !set.live().contains_key(&args.cluster) => {
-            list.clone()
-        }
-        _ => set.revoke(&args.cluster)?,
+        Some(list) if list.up_to.get(&args.cluster).is_some_and(|&up_to| up_to >= serial) => list.clone(),
+        _ => set.revoke(&args.cluster, serial)?,
     };
     #[derive(Serialize)]
     #[serde(rename_all = "camelCase")]
     struct Revoked {
         cluster: String,
+        up_to_serial: u64,
         version: u64,
         told: Vec<String>,
         not_told: Vec<String>,
@@ -258,10 +275,14 @@ pub(super) fn revoke(printer: &Printer, args: &Revoke) -> Result<()> {
         }
     }
     let failed = told.is_empty() && !args.offline;
-    let revoked = Revoked { cluster: args.cluster.to_string(), version: list.version, told, not_told };
+    let cluster = args.cluster.to_string();
+    let revoked = Revoked { cluster, up_to_serial: serial, version: list.version, told, not_told };
     printer.print("Revocation", &revoked, |_| {
         let told = if revoked.told.is_empty() { "no broker".to_owned() } else { revoked.told.join(", ") };
-        format!("Revoked {} (list {}); told {told}.\n", revoked.cluster, revoked.version)
+        format!(
+            "Revoked {} up to grant {} (list {}); told {told}.\n",
+            revoked.cluster, revoked.up_to_serial, revoked.version
+        )
     })?;
     if failed {
         bail!("no broker was reached; run the same command again when one is");

@@ -8,6 +8,7 @@ mod export;
 mod join;
 mod membership;
 mod resolve;
+mod rotate;
 mod status;
 
 use std::process::ExitCode;
@@ -30,6 +31,7 @@ pub(crate) fn run(cli: Cli) -> Result<ExitCode> {
         Command::Members(args) => membership::members(&printer, &args)?,
         Command::Join(args) => join::join(&printer, &args)?,
         Command::Key(args) => join::key(&printer, &args)?,
+        Command::Rotate(args) => rotate::rotate(&printer, &args)?,
         Command::Export(args) => export::export(&printer, &args)?,
         Command::Unexport(args) => export::unexport(&printer, &args)?,
         Command::Status(args) => status::status(&printer, &args)?,

@@ -52,6 +52,8 @@ struct MemberRow {
     /// ok; silent: it has not spoken yet; refused: see the findings.
     state: &'static str,
     serial: Option<u64>,
+    /// Of its signing key under that grant: how often it was rotated.
+    generation: Option<usize>,
     nodes: usize,
     gateways: usize,
     pod_cidrs: Vec<String>,
@@ -193,6 +195,7 @@ fn members(set: &ClusterSet, observed: &Observed, verified: &Members) -> Vec<Mem
                 (true, true) => "ok",
             },
             serial: grant.map(|grant| grant.serial),
+            generation: good.and(member.bindings.len().checked_sub(1)),
             nodes: good.map_or(0, |m| m.nodes.len()),
             gateways: good.map_or(0, gateways),
             pod_cidrs: good.map(|m| texts(&m.owned)).unwrap_or_default(),
@@ -368,14 +371,25 @@ fn members_table(members: &[MemberRow]) -> Table {
             m.nodes.to_string(),
             m.gateways.to_string(),
             m.serial.map(|serial| serial.to_string()).unwrap_or_default(),
+            m.generation.map(|generation| generation.to_string()).unwrap_or_default(),
             m.pod_cidrs.join(","),
             m.tunnel.join(","),
             m.position.clone().unwrap_or_default(),
         ]
     };
     Table {
-        headers: vec!["CLUSTER", "STATE", "NODES", "GATEWAYS", "SERIAL", "POD-CIDRS", "TUNNEL", "POSITION"],
-        narrow: 6,
+        headers: vec![
+            "CLUSTER",
+            "STATE",
+            "NODES",
+            "GATEWAYS",
+            "SERIAL",
+            "KEY",
+            "POD-CIDRS",
+            "TUNNEL",
+            "POSITION",
+        ],
+        narrow: 7,
         rows: members.iter().map(row).collect(),
     }
 }

@@ -143,7 +143,9 @@ impl Directory {
         };
         let Some(previous) = keys.previous else { return Ok(Some(keys.newest)) };
         let bound = match self.read_clusterset()? {
-            Some(set) => self.read_typed(&own(member::id(&set.value.cluster))?, |v| member::read(&typed(v)?))?,
+            Some(set) => {
+                self.read_typed(&own(member::id(&set.value.cluster))?, |v| member::read(&typed(v)?))?
+            }
             None => None,
         };
         let bound = bound.and_then(|member| bound_key(&member.value.1));

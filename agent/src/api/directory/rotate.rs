@@ -112,10 +112,12 @@ impl Directory {
     fn own_membership(&self) -> Result<(ClusterId, Membership), Error> {
         let set_id = own(cluster_set::id())?;
         let set = self.read_clusterset()?.map(|set| set.value);
-        let set = set.ok_or_else(|| problem(&set_id, "this cluster is no member of a set yet: tombolo join"))?;
+        let set =
+            set.ok_or_else(|| problem(&set_id, "this cluster is no member of a set yet: tombolo join"))?;
         let id = own(member::id(&set.cluster))?;
         let object = self.read_typed(&id, |value| member::read(&typed(value)?))?;
-        let (_, object) = object.ok_or_else(|| problem(&id, "it is missing; restore it from a backup"))?.value;
+        let (_, object) =
+            object.ok_or_else(|| problem(&id, "it is missing; restore it from a backup"))?.value;
         let roots = RootChain::pinned(set.set, &set.roots);
         let verified = roots.and_then(|roots| {
             let membership = Membership::verify(&roots, &object.grant, &object.bindings)?;
