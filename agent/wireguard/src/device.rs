@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 use zeroize::Zeroizing;
 
 use crate::allowed::AllowedIps;
+use crate::identity::{Identities, Lines};
 use crate::key::{PresharedKey, PublicKey};
-use crate::noise::{Addressee, Identity, Opened, Scratch, Session, Sink, Tick};
+use crate::noise::{Addressee, Identity, Opened, Scratch, Sink, Tick};
 use crate::packet::Header;
+use crate::stamp::Stamps;
 use crate::uapi::{self, AllowedIp, Past, SetDevice, SetPeer, UapiError};
 
 /// How often [`Device::handle_tick`] wants to be called.
@@ -55,11 +57,17 @@ pub struct Drops {
     pub source: u64,
 }
 
+/// The first byte of an initiation.
+const INITIATION: u8 = 1;
+
 type Slot = u16;
 
 /// One device.
 pub struct Device {
-    identity: Option<Identity>,
+    identities: Identities,
+    stamps: Stamps,
+    /// The last stamp of the key before this process, while the clock is behind it.
+    behind: Option<Duration>,
     listen_port: u16,
     fwmark: u32,
     peers: Vec<Option<Peer>>,
@@ -79,8 +87,7 @@ struct Peer {
     preshared: Option<PresharedKey>,
     endpoint: Option<SocketAddr>,
     keepalive: u16,
-    generation: u8,
-    session: Option<Session>,
+    lines: Lines,
     past: Past,
     last_traffic: Instant,
     asleep: bool,
@@ -90,7 +97,9 @@ impl Device {
     /// A device without key and peers. `seed` should be random.
     pub fn new(seed: u8) -> Self {
         Self {
-            identity: None,
+            identities: Identities::default(),
+            stamps: Stamps::default(),
+            behind: None,
             listen_port: 0,
             fwmark: 0,
             peers: Vec::new(),
@@ -107,7 +116,17 @@ impl Device {
 
     /// Whether there is a private key.
     pub fn has_key(&self) -> bool {
-        self.identity.is_some()
+        self.identities.current().is_some()
+    }
+
+    /// When keys last called anybody: to be filled from what an earlier process knew, before a key is set.
+    pub fn stamps(&mut self) -> &mut Stamps {
+        &mut self.stamps
+    }
+
+    /// How far the clock is behind the last call of this key by an earlier process: peers ignore its calls so long.
+    pub fn behind(&self, wall: Duration) -> Option<Duration> {
+        self.behind.and_then(|stamp| stamp.checked_sub(wall)).filter(|behind| !behind.is_zero())
     }
 
     /// Packets dropped so far.
@@ -132,16 +151,22 @@ impl Device {
     }
 
     /// Everything, in the form of a `get=1` answer without its end.
-    pub fn state(&self) -> Zeroizing<String> {
+    pub fn state(&self, wall: Duration) -> Zeroizing<String> {
         // One allocation: a string that grows would leave copies of the keys behind.
         let prefixes = self.allowed.iter().count();
-        let mut out = Zeroizing::new(String::with_capacity(256 + self.by_key.len() * 640 + prefixes * 64));
+        let mut out = Zeroizing::new(String::with_capacity(512 + self.by_key.len() * 640 + prefixes * 64));
         uapi::write_device(
             &mut out,
-            self.identity.as_ref().map(Identity::private),
+            self.identities.current().map(Identity::private),
             self.listen_port,
             self.fwmark,
         );
+        if let Some((identity, age)) = self.identities.previous() {
+            uapi::write_previous(&mut out, identity.private(), age);
+        }
+        if let Some(behind) = self.behind(wall) {
+            uapi::write_behind(&mut out, behind);
+        }
         let mut allowed: BTreeMap<Slot, Vec<_>> = BTreeMap::new();
         for (prefix, slot) in self.allowed.iter() {
             allowed.entry(slot).or_default().push(prefix);
@@ -181,21 +206,13 @@ impl Device {
     /// Applies a change that was checked; port and mark are the caller's.
     pub fn apply(&mut self, set: SetDevice, at: Moment, wire: &mut impl Wire) {
         self.changed = true;
-        if let Some(key) = set.private_key {
-            let same = match (&self.identity, &key) {
-                (Some(identity), Some(key)) => identity.private() == key,
-                (None, None) => true,
-                _ => false,
-            };
-            if !same {
-                self.identity = key.map(Identity::new);
-                if let Some(own) = self.identity.as_ref().map(Identity::public) {
-                    self.remove(&own);
-                }
-                for slot in 0..self.peers.len() {
-                    self.renew_session(slot as Slot);
-                }
-            }
+        if self.identities.set(set.private_key, set.previous_key, set.previous_age, at.now) {
+            let own: Vec<_> = self.identities.all().map(Identity::public).collect();
+            own.iter().for_each(|key| self.remove(key));
+            self.stamps.retain(|key| own.contains(key));
+            let last = self.identities.current().and_then(|own| self.stamps.last(&own.public()));
+            self.behind = last.filter(|stamp| *stamp > at.wall);
+            self.arrange_all();
         }
         if set.replace_peers {
             let all: Vec<_> = self.by_key.keys().copied().collect();
@@ -213,7 +230,9 @@ impl Device {
             let Some(peer) = self.peers[slot].as_ref() else { continue };
             let last = peer.past.last_handshake;
             if !last.is_zero() && at.wall.saturating_sub(last) < SESSION_LIFE {
-                self.initiate(slot as Slot, at, wire);
+                // It may know the one key, or the other.
+                self.add_line(slot as Slot, None);
+                self.call_all(slot as Slot, at, wire);
             }
         }
     }
@@ -242,24 +261,20 @@ impl Device {
 
     /// Time has passed; to be called each [`TICK`].
     pub fn handle_tick(&mut self, at: Moment, wire: &mut impl Wire) {
-        if let Some(identity) = &self.identity
-            && self
-                .seconds
-                .is_none_or(|last| at.now.saturating_duration_since(last) >= Duration::from_secs(1))
-        {
-            identity.handle_second();
+        let second = Duration::from_secs(1);
+        if self.seconds.is_none_or(|last| at.now.saturating_duration_since(last) >= second) {
             self.seconds = Some(at.now);
+            self.handle_second(at, wire);
         }
         for slot in 0..self.peers.len() {
             let Some(peer) = self.peers[slot].as_mut() else { continue };
-            let Some(session) = peer.session.as_mut() else { continue };
-            let mut out = Out::new(wire, &self.allowed, slot as Slot, peer.endpoint);
-            let tick = session.handle_tick(&mut self.scratch, &mut out);
-            peer.past.tx_bytes += out.sent;
-            if out.sent > 0 {
-                peer.last_traffic = at.now;
+            let mut asleep = !peer.lines.is_empty();
+            for place in peer.lines.handle_tick(at.now) {
+                let Some(line) = peer.lines.get(place) else { continue };
+                let mut out = Out::new(wire, &self.allowed, slot as Slot, peer.endpoint);
+                asleep &= line.session.handle_tick(&mut self.scratch, &mut out) == Tick::Expired;
+                out.account(peer, place, &mut self.stamps, at);
             }
-            let asleep = tick == Tick::Expired;
             if asleep && !peer.asleep {
                 tracing::debug!(peer = %peer.key, "no handshake for long: asleep until there is something to send");
             }
@@ -271,29 +286,52 @@ impl Device {
         }
     }
 
+    fn handle_second(&mut self, at: Moment, wire: &mut impl Wire) {
+        self.identities.handle_second(at.now);
+        let uses = |own: &PublicKey| self.peers.iter().flatten().any(|p| p.lines.sends_by() == Some(*own));
+        if let Some(ended) = self.identities.ended(uses) {
+            tracing::info!(key = %ended, "the previous key is not answered to any more");
+            self.identities.end_previous();
+            self.stamps.retain(|key| *key != ended);
+            self.arrange_all();
+            self.changed = true;
+        }
+        if self.behind.is_some_and(|stamp| at.wall > stamp) {
+            tracing::info!("the clock has caught up: peers take our handshakes again");
+            self.behind = None;
+            // A session's clock is the one of its birth.
+            for slot in 0..self.peers.len() {
+                if self.peers[slot].as_ref().is_some_and(|peer| !peer.lines.carries()) {
+                    self.renew(slot as Slot);
+                    self.keepalive(slot as Slot, at, wire);
+                }
+            }
+        }
+    }
+
     fn open(&mut self, from: SocketAddr, datagram: &[u8], at: Moment, wire: &mut impl Wire) -> Option<()> {
-        let identity = self.identity.as_ref()?;
-        let to = identity.read(from.ip(), datagram, &mut self.scratch)?;
-        let slot = match &to {
+        let (own, to) = self.identities.read(from.ip(), datagram, &mut self.scratch)?;
+        let (slot, place) = match &to {
             Addressee::Challenge(length) => {
                 wire.send(from, Identity::challenge(&self.scratch, *length));
                 return Some(());
             }
-            Addressee::Initiation(key) => *self.by_key.get(key)?,
-            Addressee::Response(index) | Addressee::Cookie(index) | Addressee::Data(index) => *index as Slot,
+            Addressee::Initiation(key) => {
+                let slot = *self.by_key.get(key)?;
+                (slot, self.add_line(slot, Some(&own))?)
+            }
+            Addressee::Response(index) | Addressee::Cookie(index) | Addressee::Data(index) => {
+                let (slot, generation) = (*index as Slot, (*index >> 16) as u8);
+                (slot, self.peers.get(usize::from(slot))?.as_ref()?.lines.of(generation)?)
+            }
         };
         let peer = self.peers.get_mut(usize::from(slot))?.as_mut()?;
-        if let Addressee::Response(index) | Addressee::Cookie(index) | Addressee::Data(index) = &to
-            && *index != index_of(slot, peer.generation)
-        {
-            return None;
-        }
-        let session = peer.session.as_mut()?;
+        let line = peer.lines.get(place)?;
         let mut out = Out::new(wire, &self.allowed, slot, Some(from));
         let Opened { authentic, handshake } =
-            session.open(from.ip(), datagram, &to, &mut self.scratch, &mut out);
-        peer.past.tx_bytes += out.sent;
+            line.session.open(from.ip(), datagram, &to, &mut self.scratch, &mut out);
         self.drops.source += out.foreign;
+        out.account(peer, place, &mut self.stamps, at);
         if !authentic {
             // A cookie is for the handshake alone; it proves nothing about where the peer is.
             return matches!(to, Addressee::Cookie(_)).then_some(());
@@ -307,6 +345,7 @@ impl Device {
         }
         if handshake {
             tracing::debug!(peer = %peer.key, "handshake completed");
+            peer.lines.handle_handshake(place, at.now);
             peer.past.last_handshake = at.wall;
             self.changed = true;
         }
@@ -315,33 +354,45 @@ impl Device {
 
     fn seal(&mut self, slot: Slot, packet: &[u8], at: Moment, wire: &mut impl Wire) -> bool {
         let Some(peer) = self.peers[usize::from(slot)].as_mut() else { return false };
-        let (Some(session), Some(endpoint)) = (peer.session.as_mut(), peer.endpoint) else { return false };
+        let (Some((place, line)), Some(endpoint)) = (peer.lines.sending(), peer.endpoint) else {
+            return false;
+        };
         let mut out = Out::new(wire, &self.allowed, slot, Some(endpoint));
-        session.seal([packet], &mut self.scratch, &mut out);
-        peer.past.tx_bytes += out.sent;
+        line.session.seal([packet], &mut self.scratch, &mut out);
+        out.account(peer, place, &mut self.stamps, at);
         peer.last_traffic = at.now;
         true
     }
 
-    fn initiate(&mut self, slot: Slot, at: Moment, wire: &mut impl Wire) {
+    /// Calls by the line at `place`.
+    fn call(&mut self, slot: Slot, place: usize, at: Moment, wire: &mut impl Wire) {
         let Some(peer) = self.peers[usize::from(slot)].as_mut() else { return };
-        let (Some(session), Some(endpoint)) = (peer.session.as_mut(), peer.endpoint) else { return };
+        let (Some(line), Some(endpoint)) = (peer.lines.get(place), peer.endpoint) else { return };
         let mut out = Out::new(wire, &self.allowed, slot, Some(endpoint));
-        session.initiate(&mut self.scratch, &mut out);
-        peer.past.tx_bytes += out.sent;
+        line.session.initiate(&mut self.scratch, &mut out);
+        out.account(peer, place, &mut self.stamps, at);
         peer.last_traffic = at.now;
+    }
+
+    /// Calls by all lines.
+    fn call_all(&mut self, slot: Slot, at: Moment, wire: &mut impl Wire) {
+        let lines = self.peers[usize::from(slot)].as_ref().map_or(0, |peer| peer.lines.len());
+        (0..lines).for_each(|place| self.call(slot, place, at, wire));
     }
 
     /// An empty packet, or a call if there are no keys: unlike a packet it must not wait in a queue.
     fn keepalive(&mut self, slot: Slot, at: Moment, wire: &mut impl Wire) {
-        let Some(peer) = self.peers[usize::from(slot)].as_ref() else { return };
-        let Some(session) = peer.session.as_ref() else { return };
-        let (established, stale) = (session.is_established(), session.is_stale());
-        if established {
+        let Some(peer) = self.peers[usize::from(slot)].as_mut() else { return };
+        let carries = peer.lines.carries();
+        let Some((place, line)) = peer.lines.sending() else { return };
+        let stale = line.session.is_stale();
+        if carries {
             self.seal(slot, &[], at, wire);
-        }
-        if !established || stale {
-            self.initiate(slot, at, wire);
+            if stale {
+                self.call(slot, place, at, wire);
+            }
+        } else {
+            self.call_all(slot, at, wire);
         }
     }
 
@@ -350,10 +401,10 @@ impl Device {
             self.remove(&set.public_key);
             return;
         }
-        let own = self.identity.as_ref().map(Identity::public);
-        if own == Some(set.public_key) {
+        if self.identities.of(&set.public_key).is_some() {
             return;
         }
+        let replaced = set.replaces.is_some_and(|before| self.replace(&before, set.public_key, at));
         let slot = match self.by_key.get(&set.public_key) {
             Some(slot) => *slot,
             None if set.update_only => return,
@@ -385,14 +436,14 @@ impl Device {
         }
         if rekey {
             // The engine takes a preshared key only at birth.
-            let established = self.peers[usize::from(slot)]
-                .as_ref()
-                .and_then(|p| p.session.as_ref())
-                .is_some_and(Session::is_established);
-            self.renew_session(slot);
-            if established {
-                self.initiate(slot, at, wire);
+            let carried = self.peers[usize::from(slot)].as_ref().is_some_and(|p| p.lines.carries());
+            self.renew(slot);
+            if carried {
+                self.call(slot, 0, at, wire);
             }
+        } else if replaced {
+            // The old session carries meanwhile.
+            self.call(slot, 0, at, wire);
         }
         if wake {
             self.keepalive(slot, at, wire);
@@ -408,21 +459,33 @@ impl Device {
                 slot
             }
         };
-        self.generation = self.generation.wrapping_add(1);
         self.peers[usize::from(slot)] = Some(Peer {
             key: set.public_key,
             preshared: None,
             endpoint: None,
             keepalive: 0,
-            generation: self.generation,
-            session: None,
+            lines: Lines::default(),
             past: set.past,
             last_traffic: at.now,
             asleep: false,
         });
         self.by_key.insert(set.public_key, slot);
-        self.renew_session(slot);
+        self.arrange(slot);
         Some(slot)
+    }
+
+    /// Gives a peer another key, unless there is a peer of that key. True if it did.
+    fn replace(&mut self, before: &PublicKey, key: PublicKey, at: Moment) -> bool {
+        let Some(slot) = self.by_key.get(before).copied().filter(|_| !self.by_key.contains_key(&key)) else {
+            return false;
+        };
+        let Some(peer) = self.peers[usize::from(slot)].as_mut() else { return false };
+        peer.key = key;
+        peer.lines.replace(before, at.now);
+        self.by_key.remove(before);
+        self.by_key.insert(key, slot);
+        self.arrange(slot);
+        true
     }
 
     fn remove(&mut self, key: &PublicKey) {
@@ -432,11 +495,46 @@ impl Device {
         self.free.push(slot);
     }
 
-    fn renew_session(&mut self, slot: Slot) {
+    fn arrange_all(&mut self) {
+        (0..self.peers.len()).for_each(|slot| self.arrange(slot as Slot));
+    }
+
+    /// Makes the peer's lines fit its key and ours.
+    fn arrange(&mut self, slot: Slot) {
         let Some(peer) = self.peers[usize::from(slot)].as_mut() else { return };
-        let index = index_of(slot, peer.generation);
-        peer.session =
-            self.identity.as_ref().map(|own| Session::new(own, &peer.key, peer.preshared.as_ref(), index));
+        let index = next_index(&mut self.generation, slot);
+        peer.lines.arrange(&self.identities, &peer.key, peer.preshared.as_ref(), index);
+    }
+
+    /// Makes all its lines anew.
+    fn renew(&mut self, slot: Slot) {
+        let Some(peer) = self.peers[usize::from(slot)].as_mut() else { return };
+        peer.lines.clear();
+        self.arrange(slot);
+    }
+
+    /// The place of the peer's line under this own key, or under the previous one, made if it is not there.
+    fn add_line(&mut self, slot: Slot, own: Option<&PublicKey>) -> Option<usize> {
+        let own = match own {
+            Some(own) => self.identities.of(own)?,
+            None => self.identities.previous()?.0,
+        };
+        let peer = self.peers[usize::from(slot)].as_mut()?;
+        let index = next_index(&mut self.generation, slot);
+        Some(peer.lines.line(own, &peer.key, peer.preshared.as_ref(), index))
+    }
+}
+
+/// The index and generation for a new line of a peer: none of its others has it.
+fn next_index(generation: &mut u8, slot: Slot) -> impl FnMut(&Lines) -> (u32, u8) {
+    move |lines| {
+        // It has four lines at most.
+        loop {
+            *generation = generation.wrapping_add(1);
+            if lines.of(*generation).is_none() {
+                return (index_of(slot, *generation), *generation);
+            }
+        }
     }
 }
 
@@ -453,11 +551,23 @@ struct Out<'a, W> {
     to: Option<SocketAddr>,
     sent: u64,
     foreign: u64,
+    called: bool,
 }
 
 impl<'a, W> Out<'a, W> {
     fn new(wire: &'a mut W, allowed: &'a AllowedIps<Slot>, slot: Slot, to: Option<SocketAddr>) -> Self {
-        Self { wire, allowed, slot, to, sent: 0, foreign: 0 }
+        Self { wire, allowed, slot, to, sent: 0, foreign: 0, called: false }
+    }
+
+    /// Writes down what went out by the peer's line at `place`.
+    fn account(self, peer: &mut Peer, place: usize, stamps: &mut Stamps, at: Moment) {
+        peer.past.tx_bytes += self.sent;
+        if self.sent > 0 {
+            peer.last_traffic = at.now;
+        }
+        if let Some(own) = peer.lines.own(place).filter(|_| self.called) {
+            stamps.note(own, at);
+        }
     }
 
     fn may_use(&self, source: IpAddr) -> bool {
@@ -470,6 +580,7 @@ impl<W: Wire> Sink for Out<'_, W> {
         if let Some(to) = self.to {
             self.wire.send(to, datagram);
             self.sent += datagram.len() as u64;
+            self.called |= datagram.first() == Some(&INITIATION);
         }
     }
 

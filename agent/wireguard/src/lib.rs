@@ -11,12 +11,14 @@
 pub mod allowed;
 pub mod daemon;
 pub mod device;
+pub mod identity;
 pub mod key;
 pub mod name;
 pub mod noise;
 pub mod packet;
 pub mod serve;
 pub mod server;
+pub mod stamp;
 pub mod supervisor;
 #[expect(unsafe_code, reason = "ioctl on interfaces")]
 pub mod tun;

@@ -13,12 +13,16 @@ use tracing_subscriber::EnvFilter;
 /// What a worker exits with that shall be restarted (EX_TEMPFAIL).
 const RESTART: u8 = 75;
 
+const AFTER: &str = "\
+TOMBOLO_WIREGUARD_STATE_DIR (/var/lib/tombolo/wireguard) is where it is written down when each key last called a peer,
+so that a clock that went back is noticed after a restart. TOMBOLO_LOG sets the log's level.";
+
 /// A userspace WireGuard device.
 ///
 /// `tombolo-wireguard NAME` creates the interface NAME, to be configured by `wg`, and returns;
 /// the device ends when the interface or /var/run/wireguard/NAME.sock is removed, or by SIGTERM.
 #[derive(Parser)]
-#[command(version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, after_help = AFTER)]
 struct Cli {
     /// Stay in the foreground, and log to stderr
     #[arg(short, long)]

@@ -3,6 +3,15 @@
 //!
 //! A request is read whole before anything is done with it. What `get=1` answers is also the form in which a device
 //! keeps its state over its own death ([`parse_state`]).
+//!
+//! Two keys are ours, and no `wg` sends them; without them everything is as the protocol says.
+//! `previous_private_key=<hex>` of a device: this key is answered to as well, for [`identity::HOLD`] and as long as a
+//! peer has nothing else. `replaces=<hex>` of a peer: it is the peer of that public key, which has a new one: it takes
+//! over its place, allowed IPs, endpoint and all, and the sessions there are until it has its own.
+//! `get=1` says more, too: `previous_private_key`, `previous_private_key_age_sec`, and `clock_behind_sec` while the
+//! clock is behind the last handshake of this key ([`crate::stamp`]).
+//!
+//! [`identity::HOLD`]: crate::identity::HOLD
 
 use std::fmt::Write;
 use std::net::SocketAddr;
@@ -27,6 +36,10 @@ pub enum Request {
 pub struct SetDevice {
     /// `Some(None)`: none from now on.
     pub private_key: Option<Option<PrivateKey>>,
+    /// Answered to beside it; `Some(None)`: none from now on. Another `private_key` without it ends it.
+    pub previous_key: Option<Option<PrivateKey>>,
+    /// For how long it has been that, when a device is restored.
+    pub previous_age: Duration,
     /// 0: any free one.
     pub listen_port: Option<u16>,
     /// 0: none.
@@ -45,6 +58,8 @@ pub struct SetPeer {
     pub remove: bool,
     /// Do nothing if there is no such peer.
     pub update_only: bool,
+    /// The peer of this key is meant, and has a new one from now on. Means nothing if there is none.
+    pub replaces: Option<PublicKey>,
     /// `Some(None)`: none from now on.
     pub preshared_key: Option<Option<PresharedKey>>,
     /// Where it is.
@@ -66,6 +81,7 @@ impl SetPeer {
             public_key,
             remove: false,
             update_only: false,
+            replaces: None,
             preshared_key: None,
             endpoint: None,
             keepalive: None,
@@ -159,6 +175,17 @@ pub fn write_device(out: &mut String, private_key: Option<&PrivateKey>, listen_p
     }
 }
 
+/// Writes the key that is answered to beside the device's own, after [`write_device`].
+pub fn write_previous(out: &mut String, key: &PrivateKey, age: Duration) {
+    line(out, "previous_private_key", key.hex().as_str());
+    line(out, "previous_private_key_age_sec", age.as_secs());
+}
+
+/// Writes how far the clock is behind, after [`write_device`].
+pub fn write_behind(out: &mut String, behind: Duration) {
+    line(out, "clock_behind_sec", behind.as_secs().max(1));
+}
+
 /// Writes the part of a `get=1` answer that speaks of one peer. `allowed_ips` come after it, by [`write_allowed_ip`].
 pub fn write_peer(
     out: &mut String,
@@ -210,7 +237,7 @@ fn parse_device<'t>(
             continue;
         }
         let fits = match device.peers.last_mut() {
-            None => device.set(key, value),
+            None => device.set(key, value, state),
             Some(peer) => peer.set(key, value, state),
         };
         fits.ok_or_else(invalid)?;
@@ -219,9 +246,15 @@ fn parse_device<'t>(
 }
 
 impl SetDevice {
-    fn set(&mut self, key: &str, value: &str) -> Option<()> {
+    fn set(&mut self, key: &str, value: &str, state: bool) -> Option<()> {
         match key {
             "private_key" => self.private_key = Some(PrivateKey::new(*parse_hex(value)?)),
+            "previous_private_key" => self.previous_key = Some(PrivateKey::new(*parse_hex(value)?)),
+            "previous_private_key_age_sec" if state => {
+                self.previous_age = Duration::from_secs(number(value)?);
+            }
+            // What was true then.
+            "clock_behind_sec" if state => {}
             "listen_port" => self.listen_port = Some(number(value)?),
             "fwmark" => self.fwmark = Some(number(value)?),
             "replace_peers" => self.replace_peers = truth(value)?,
@@ -236,6 +269,7 @@ impl SetPeer {
         match key {
             "remove" => self.remove = truth(value)?,
             "update_only" => self.update_only = truth(value)?,
+            "replaces" => self.replaces = Some(PublicKey::new(*parse_hex(value)?)),
             "preshared_key" => self.preshared_key = Some(PresharedKey::new(*parse_hex(value)?)),
             "endpoint" => self.endpoint = Some(endpoint(value)?),
             "persistent_keepalive_interval" => self.keepalive = Some(number(value)?),
@@ -408,7 +442,7 @@ mod tests {
 
         #[test]
         fn lines_of_the_protocol_in_any_order_are_read_or_refused(lines in prop::collection::vec((
-            prop::sample::select(vec!["private_key", "listen_port", "fwmark", "replace_peers", "public_key", "remove", "update_only", "preshared_key", "endpoint", "persistent_keepalive_interval", "replace_allowed_ips", "allowed_ip", "protocol_version", "last_handshake_time_sec", "last_handshake_time_nsec", "errno"]),
+            prop::sample::select(vec!["private_key", "listen_port", "fwmark", "replace_peers", "previous_private_key", "previous_private_key_age_sec", "replaces", "public_key", "remove", "update_only", "preshared_key", "endpoint", "persistent_keepalive_interval", "replace_allowed_ips", "allowed_ip", "protocol_version", "last_handshake_time_sec", "last_handshake_time_nsec", "errno"]),
             prop_oneof![Just(KEY.to_owned()), Just("true".to_owned()), "[0-9]{1,22}", "-?[0-9./:]{0,20}", "\\[[0-9a-f:%]{0,20}\\]:[0-9]{1,5}", "\\PC{0,10}"],
         ), 0..12)) {
             let text: String = lines.iter().map(|(k, v)| format!("{k}={v}\n")).collect();

@@ -20,6 +20,7 @@ use crate::device::{Device, Moment, TICK, Wire};
 use crate::name::DeviceName;
 use crate::noise::BUFFER;
 use crate::server::{self, Answer, Ask};
+use crate::stamp;
 use crate::tun::Tun;
 use crate::uapi::{Request, SetDevice, UapiError, parse_state};
 use crate::udp::Udp;
@@ -107,9 +108,11 @@ pub fn run(name: &DeviceName) -> Result<End, WorkerError> {
         bell,
         asks,
         buffer: vec![0; BUFFER].into_boxed_slice(),
+        stamps: stamp::Keeper::new(name, Instant::now()),
         socket: server::inode(&server::path_of(name)),
         supervisor: std::os::unix::process::parent_id(),
     };
+    worker.stamps.load(worker.device.stamps());
     worker.resume();
     let end = worker.carry()?;
     // The supervisor does this too, unless it died.
@@ -129,6 +132,7 @@ struct Worker {
     bell: Arc<EventFd>,
     asks: Receiver<Ask>,
     buffer: Box<[u8]>,
+    stamps: stamp::Keeper,
     /// The UAPI socket's inode.
     socket: Option<(u64, u64)>,
     /// Its process id.
@@ -192,17 +196,26 @@ impl Worker {
         }
         let peers = state.peers.len();
         let at = moment();
+        // Where stamps cannot be written, this is the next best.
         let last = state.peers.iter().map(|p| p.past.last_handshake).max().unwrap_or_default();
-        if last > at.wall {
-            // Initiations carry the wall clock, and a peer takes none that is older than the last (WireGuard paper, 5.1).
-            let behind = last - at.wall;
-            tracing::warn!(
-                ?behind,
-                "the clock went back: peers ignore our handshakes until it has caught up"
-            );
+        if let Some(Some(key)) = &state.private_key {
+            self.device.stamps().remember(key.public(), last);
         }
         self.device.resume(state, at, &mut self.links);
         tracing::info!(device = %self.name, peers, "resumed");
+        self.tell_behind(at);
+    }
+
+    /// The one line for people. An agent reads the same out of the device's state, and gives it a new key.
+    fn tell_behind(&self, at: Moment) {
+        if let Some(behind) = self.device.behind(at.wall) {
+            tracing::warn!(
+                device = %self.name,
+                "the clock is {} s behind this key's last handshake: peers ignore our calls until it has caught up. \
+                 Waiting for theirs; set the clock, or give the device a new key (an agent does so by itself)",
+                behind.as_secs().max(1)
+            );
+        }
     }
 
     fn carry(&mut self) -> Result<End, WorkerError> {
@@ -214,7 +227,8 @@ impl Worker {
             if ready.signals
                 && let Some(end) = self.signalled()
             {
-                self.save();
+                self.save(at);
+                self.stamps.keep(self.device.stamps(), at.now, true);
                 return Ok(end);
             }
             if ready.udp4 || ready.udp6 {
@@ -230,6 +244,7 @@ impl Worker {
             if at.now >= tick {
                 tick = at.now + TICK;
                 self.device.handle_tick(at, &mut self.links);
+                self.stamps.keep(self.device.stamps(), at.now, false);
                 if server::inode(&server::path_of(&self.name)) != self.socket || self.socket.is_none() {
                     tracing::info!(device = %self.name, "the configuration socket was removed");
                     return Ok(End::Over);
@@ -237,7 +252,7 @@ impl Worker {
             }
             let counters = at.now.saturating_duration_since(counted) >= COUNTERS;
             if at.now >= save_next && (self.device.take_changed() || counters) {
-                self.save();
+                self.save(at);
                 counted = at.now;
                 save_next = at.now + at.now.elapsed() * SAVING;
             }
@@ -308,7 +323,7 @@ impl Worker {
         while let Ok(ask) = self.asks.try_recv() {
             let Ask { request, answer } = ask;
             answer.give(match request {
-                Request::Get => Ok(self.device.state()),
+                Request::Get => Ok(self.device.state(at.wall)),
                 Request::Set(set) => self.set(set, at),
             });
         }
@@ -330,8 +345,12 @@ impl Worker {
             }
             (None, None) => self.device.set_socket(port, wanted_mark),
         }
+        let keyed = set.private_key.is_some();
         self.device.apply(set, at, &mut self.links);
-        self.save();
+        self.save(at);
+        if keyed {
+            self.tell_behind(at);
+        }
         Ok(Zeroizing::new(String::new()))
     }
 
@@ -363,9 +382,9 @@ impl Worker {
         Ok(())
     }
 
-    fn save(&mut self) {
+    fn save(&mut self, at: Moment) {
         self.device.take_changed();
-        if let Err(error) = self.memory.write(self.device.state().as_bytes()) {
+        if let Err(error) = self.memory.write(self.device.state(at.wall).as_bytes()) {
             tracing::error!(%error, "the configuration would not outlive this process");
         }
     }
