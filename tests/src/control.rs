@@ -53,8 +53,11 @@ pub enum Request {
         /// Which.
         fault: Fault,
     },
-    /// End all faults of the network.
-    Heal,
+    /// End faults of network and disks.
+    Heal {
+        /// One, named as it is listed; none: all.
+        only: Option<String>,
+    },
     /// End the lab.
     Down,
 }
@@ -69,9 +72,9 @@ pub enum Action {
     KillChild,
     /// SIGTERM.
     Term,
-    /// SIGSTOP.
+    /// SIGSTOP to it and all that it started.
     Stop,
-    /// SIGCONT.
+    /// SIGCONT to them.
     Cont,
     /// Start it again as it was started.
     Start,
@@ -98,7 +101,7 @@ pub struct Status {
     pub places: Vec<PlaceRow>,
     /// What runs, or ran.
     pub programs: Vec<Running>,
-    /// The faults in force.
+    /// The faults in force, as `tombolo-lab fault` takes them; stopped programs too.
     pub faults: Vec<String>,
     /// Where the logs are: a directory inside the lab, unless TOMBOLO_LAB_LOGS named one.
     pub logs: String,
@@ -291,12 +294,13 @@ fn act(request: &Request, lab: &Lab, name: &str, down: &AtomicBool) -> Result<An
             Action::Kill => lab.kill(place, program)?,
             Action::KillChild => lab.kill_child(place, program)?,
             Action::Term => lab.signal(place, program, Signal::SIGTERM)?,
-            Action::Stop => lab.signal(place, program, Signal::SIGSTOP)?,
-            Action::Cont => lab.signal(place, program, Signal::SIGCONT)?,
+            Action::Stop => lab.stop(place, program)?,
+            Action::Cont => lab.cont(place, program)?,
             Action::Start => lab.restart(place, program)?,
         },
         Request::Fault { fault } => lab.fault(fault.clone())?,
-        Request::Heal => lab.heal()?,
+        Request::Heal { only: None } => lab.heal()?,
+        Request::Heal { only: Some(fault) } => lab.heal_one(fault)?,
         Request::Down => down.store(true, Ordering::Relaxed),
     }
     Ok(Answer::default())
@@ -326,12 +330,15 @@ pub fn status(lab: &Lab, name: &str) -> Status {
         }
     }
     let mut programs = lab.running();
+    let mut faults: Vec<_> = lab.faults().iter().map(ToString::to_string).collect();
+    let stopped = programs.iter().filter(|p| p.ended.is_none() && is_stopped(p.pid));
+    faults.extend(stopped.map(|p| format!("stop {} {}", p.place, p.program)));
     programs.retain(|p| p.program != "serve" || p.ended.is_some());
-    Status {
-        name: name.to_owned(),
-        places,
-        programs,
-        faults: lab.faults().iter().map(ToString::to_string).collect(),
-        logs: place::log_dir().display().to_string(),
-    }
+    Status { name: name.to_owned(), places, programs, faults, logs: place::log_dir().display().to_string() }
+}
+
+/// Whether a process hangs by SIGSTOP.
+fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
 }

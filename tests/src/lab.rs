@@ -243,6 +243,33 @@ impl Lab {
         Ok(kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL)?)
     }
 
+    /// SIGSTOP to a program and all that it started: it hangs, and keeps what it holds.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn stop(&self, place: &str, name: &str) -> Result<()> {
+        self.signal_tree(place, name, Signal::SIGSTOP)
+    }
+
+    /// SIGCONT to a program and all that it started.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn cont(&self, place: &str, name: &str) -> Result<()> {
+        self.signal_tree(place, name, Signal::SIGCONT)
+    }
+
+    /// From the root down: what a stopped parent starts no more cannot be missed.
+    fn signal_tree(&self, place: &str, name: &str, signal: Signal) -> Result<()> {
+        let mut pids = vec![self.pid(place, name)?];
+        while let Some(pid) = pids.pop() {
+            kill(Pid::from_raw(pid.cast_signed()), signal)
+                .with_context(|| format!("{signal} to process {pid} of {name} in {place}"))?;
+            pids.extend(children_of(pid)?.split_whitespace().filter_map(|p| p.parse::<u32>().ok()));
+        }
+        Ok(())
+    }
+
     /// What runs, or ran.
     #[must_use]
     pub fn running(&self) -> Vec<Running> {
@@ -279,12 +306,20 @@ impl Lab {
         self.faults.lock().unwrap_or_else(PoisonError::into_inner).add(self, fault)
     }
 
-    /// Ends every fault of the wire.
+    /// Ends every fault of network and disks.
     ///
     /// # Errors
     /// If nft fails.
     pub fn heal(&self) -> Result<()> {
-        self.faults.lock().unwrap_or_else(PoisonError::into_inner).heal(self)
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner).heal(self, None)
+    }
+
+    /// Ends one fault, named as [`Fault`] displays.
+    ///
+    /// # Errors
+    /// If it is not in force: says which are.
+    pub fn heal_one(&self, fault: &str) -> Result<()> {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner).heal(self, Some(fault))
     }
 
     /// The faults in force.
@@ -315,7 +350,13 @@ impl Lab {
         Ok(())
     }
 
-    fn add_cluster(&mut self, cluster: &Cluster) -> Result<()> {
+    /// The topology as it was.
+    pub(crate) fn replace_topology(&mut self, topology: Topology) -> Topology {
+        std::mem::replace(&mut self.topology, topology)
+    }
+
+    pub(crate) fn add_cluster(&mut self, cluster: &Cluster) -> Result<()> {
+        crate::fault::disk::make(&self.cluster_dir(&cluster.id))?;
         directory::write(&self.cluster_dir(&cluster.id), cluster)?;
         let lan = Place::create(&format!("lan-{}", cluster.id), &Mounts::default())?;
         let link = format!("c{}", cluster.index);
@@ -328,18 +369,18 @@ impl Lab {
             cluster.router6
         ))?;
         lan.ip("link set wire master br0 up\n")?;
-        for node in &cluster.nodes {
-            self.add_node(cluster, node, &lan)?;
-        }
         self.lans.insert(cluster.id.clone(), lan);
+        for node in &cluster.nodes {
+            self.add_node(cluster, node)?;
+        }
         Ok(())
     }
 
-    fn add_node(&mut self, cluster: &Cluster, node: &Node, lan: &Place) -> Result<()> {
+    pub(crate) fn add_node(&mut self, cluster: &Cluster, node: &Node) -> Result<()> {
         let place = Place::create(&node.name, &mounts(&node.name, Some(&self.cluster_dir(&cluster.id)))?)?;
         forwarding(&place)?;
         let link = format!("n{}", node.number);
-        lan.ip(&format!(
+        self.lan(&cluster.id)?.ip(&format!(
             "link add {link} type veth peer name eth0 netns {}\nlink set {link} master br0 up\n",
             place.path()
         ))?;
@@ -423,6 +464,7 @@ fn mounts(name: &str, cluster: Option<&Path>) -> Result<Mounts> {
     for dir in ["lab/state", "lab/cluster", "tombolo/devices", "wireguard"] {
         std::fs::create_dir_all(run.join(dir))?;
     }
+    crate::fault::disk::make(&run.join("lab/state"))?;
     if let Some(cluster) = cluster {
         let none = None::<&str>;
         let flags = nix::mount::MsFlags::MS_BIND;

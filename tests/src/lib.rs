@@ -10,12 +10,14 @@ pub mod capture;
 mod change;
 #[allow(unsafe_code)]
 pub mod control;
+pub mod count;
 pub mod demo;
 pub mod directory;
 pub mod fault;
 pub mod fetch;
 pub mod foreign;
 mod lab;
+pub mod machine;
 pub mod measure;
 mod member;
 #[allow(unsafe_code)]
@@ -33,5 +35,5 @@ pub mod topology;
 pub use lab::{Lab, Running, host, wait_until};
 pub use pod::Flow;
 pub use scenario::{scenario, scenario_alone};
-pub use scorecard::{measured, runs, strict};
+pub use scorecard::{event, measured, runs, strict};
 pub use topology::Topology;

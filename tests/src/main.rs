@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use tombolo_lab::control::{self, Action, Request, Status};
 use tombolo_lab::fault::Fault;
 use tombolo_lab::fetch::{Family, fetch};
-use tombolo_lab::probe::{Pace, Question, Report, Stop, dns, ping, tcp, udp};
+use tombolo_lab::probe::{PROBE_LEN, Pace, Question, Report, Stop, dns, ping, tcp, udp};
 use tombolo_lab::sandbox::{self, Sandbox};
 use tombolo_lab::serve::serve;
 use tombolo_lab::topology::{DEMO, TWO};
@@ -86,7 +86,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Break something in a running lab
+    /// Break something in a running lab, and heal it
+    ///
+    /// Programs are killed, stopped, continued and started by name (`fault stop eu-gw1 agent`); the network is cut, made
+    /// lossy, narrow, slow or late between two of node, broker or cluster (`fault loss eu-west us-east 5`); disks are
+    /// filled. Faults add up until `heal`. `fault list` tells what is in force.
     Fault {
         #[command(flatten)]
         lab: Named,
@@ -167,52 +171,102 @@ struct Named {
 
 #[derive(Subcommand)]
 enum FaultCommand {
-    /// SIGKILL a program (agent, wireguard, broker) of a place
+    /// SIGKILL a program of a place
+    ///
+    /// A node has agent and wireguard, a broker's place broker, a pod serve. See `start`.
     Kill { place: String, program: String },
     /// SIGKILL the first child of a program: the agent proper, which its holder restarts
     KillChild { place: String, program: String },
     /// SIGTERM a program
     Term { place: String, program: String },
-    /// SIGSTOP a program: it hangs
+    /// SIGSTOP a program and all that it started: it hangs, and keeps its sockets and locks
     Stop { place: String, program: String },
-    /// SIGCONT a stopped program
+    /// SIGCONT what `stop` stopped
     Cont { place: String, program: String },
     /// Start a program again that was killed
     Start { place: String, program: String },
     /// Nothing passes between two nodes, brokers or clusters
+    ///
+    /// A cluster stands for all its nodes. Between nodes of one cluster it works too.
     Cut { a: String, b: String },
-    /// Nothing passes from one to the other
+    /// Nothing passes from one to the other; the way back is open
     CutOneway { from: String, to: String },
-    /// So many of a hundred packets are lost between two
+    /// So many of a hundred packets are lost at random, each way
     Loss { a: String, b: String, percent: u8 },
-    /// End all cuts and losses
-    Heal,
+    /// Exactly every Nth packet of each direction and family is lost
+    EveryNth { a: String, b: String, n: u32 },
+    /// A black hole: IP packets longer than BYTES vanish, and no ICMP says so
+    Mtu { a: String, b: String, bytes: u16 },
+    /// Each direction and family carries KBIT (1000 bits a second); more is dropped at once, there is no queue
+    Rate { a: String, b: String, kbit: u32 },
+    /// Every packet arrives MS milliseconds later, each way, give or take JITTER
+    ///
+    /// With a jitter packets overtake each other. Between clusters and brokers only; needs iptables.
+    Delay {
+        a: String,
+        b: String,
+        ms: u32,
+        #[arg(default_value_t = 0)]
+        jitter: u32,
+    },
+    /// No room is left on the disk of a node or broker (its programs' state) or of a cluster (its API)
+    DiskFull { of: String },
+    /// List the faults in force, as this command takes them
+    List,
+    /// End faults of network and disks: all, or the one named as it is listed (`heal cut eu-gw1 us-gw1`)
+    ///
+    /// Programs that were killed or stopped are `start`ed and `cont`inued.
+    Heal {
+        /// The fault's words.
+        fault: Vec<String>,
+    },
 }
 
 impl FaultCommand {
     fn request(self) -> Request {
         let program = |place, program, action| Request::Program { place, program, action };
-        match self {
-            Self::Kill { place, program: name } => program(place, name, Action::Kill),
-            Self::KillChild { place, program: name } => program(place, name, Action::KillChild),
-            Self::Term { place, program: name } => program(place, name, Action::Term),
-            Self::Stop { place, program: name } => program(place, name, Action::Stop),
-            Self::Cont { place, program: name } => program(place, name, Action::Cont),
-            Self::Start { place, program: name } => program(place, name, Action::Start),
-            Self::Cut { a, b } => Request::Fault { fault: Fault::Cut { a, b } },
-            Self::CutOneway { from, to } => Request::Fault { fault: Fault::CutOneway { from, to } },
-            Self::Loss { a, b, percent } => Request::Fault { fault: Fault::Loss { a, b, percent } },
-            Self::Heal => Request::Heal,
-        }
+        let fault = match self {
+            Self::Kill { place, program: name } => return program(place, name, Action::Kill),
+            Self::KillChild { place, program: name } => return program(place, name, Action::KillChild),
+            Self::Term { place, program: name } => return program(place, name, Action::Term),
+            Self::Stop { place, program: name } => return program(place, name, Action::Stop),
+            Self::Cont { place, program: name } => return program(place, name, Action::Cont),
+            Self::Start { place, program: name } => return program(place, name, Action::Start),
+            Self::List => return Request::Status,
+            Self::Heal { fault } => {
+                return Request::Heal { only: (!fault.is_empty()).then(|| fault.join(" ")) };
+            }
+            Self::Cut { a, b } => Fault::Cut { a, b },
+            Self::CutOneway { from, to } => Fault::CutOneway { from, to },
+            Self::Loss { a, b, percent } => Fault::Loss { a, b, percent },
+            Self::EveryNth { a, b, n } => Fault::EveryNth { a, b, n },
+            Self::Mtu { a, b, bytes } => Fault::Mtu { a, b, bytes },
+            Self::Rate { a, b, kbit } => Fault::Rate { a, b, kbit },
+            Self::Delay { a, b, ms, jitter } => Fault::Delay { a, b, ms, jitter },
+            Self::DiskFull { of } => Fault::DiskFull { of },
+        };
+        Request::Fault { fault }
     }
 }
 
 #[derive(Subcommand)]
 enum Probe {
     /// UDP packets to an echo server
-    Udp(Flow),
-    /// Records over one TCP connection to an echo server
-    Tcp(Flow),
+    Udp {
+        #[command(flatten)]
+        flow: Flow,
+        /// Bytes of payload in each (28 less than the IPv4 packet, 48 less than the IPv6 one).
+        #[arg(long, default_value_t = PROBE_LEN)]
+        size: usize,
+    },
+    /// Records over TCP connections to an echo server
+    Tcp {
+        #[command(flatten)]
+        flow: Flow,
+        /// How many connections; each has the whole rate.
+        #[arg(long, default_value_t = 1)]
+        flows: usize,
+    },
     /// DNS questions
     Dns {
         #[command(flatten)]
@@ -223,6 +277,9 @@ enum Probe {
         /// Its type: 1 A, 28 AAAA, 33 SRV, 16 TXT.
         #[arg(long = "type", default_value_t = 1)]
         kind: u16,
+        /// Addresses that may be answered; any other is counted as wrong.
+        #[arg(long, value_delimiter = ',')]
+        expect: Vec<std::net::IpAddr>,
     },
 }
 
@@ -411,7 +468,14 @@ fn run(command: Command) -> Result<ExitCode> {
             print(&if json { serde_json::to_string_pretty(&status)? } else { table(&status) });
         }
         Command::Fault { lab, fault } => {
-            control::ask(&control::connect(lab.name.as_deref())?, &fault.request())?;
+            let answer = control::ask(&control::connect(lab.name.as_deref())?, &fault.request())?;
+            if let Some(status) = answer.status {
+                print(&if status.faults.is_empty() {
+                    "no fault is in force".to_owned()
+                } else {
+                    status.faults.join("\n")
+                });
+            }
         }
         Command::Down { lab } => {
             control::ask(&control::connect(lab.name.as_deref())?, &Request::Down)?;
@@ -441,17 +505,17 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Probe(probe) => {
             let report = match probe {
-                Probe::Udp(flow) => {
+                Probe::Udp { flow, size } => {
                     let (pace, stop) = flow.pace();
-                    Report::Udp(udp(&pace, &stop)?)
+                    Report::Udp(udp(&pace, size, &stop)?)
                 }
-                Probe::Tcp(flow) => {
+                Probe::Tcp { flow, flows } => {
                     let (pace, stop) = flow.pace();
-                    Report::Tcp(tcp(&pace, &stop)?)
+                    Report::Tcp(tcp(&pace, flows, &stop)?)
                 }
-                Probe::Dns { flow, name, kind } => {
+                Probe::Dns { flow, name, kind, expect } => {
                     let (pace, stop) = flow.pace();
-                    Report::Dns(dns(&pace, &Question { name, kind }, &stop)?)
+                    Report::Dns(dns(&pace, &Question { name, kind }, &expect, &stop)?)
                 }
             };
             print(&serde_json::to_string(&report)?);

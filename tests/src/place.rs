@@ -116,6 +116,20 @@ impl Place {
         })
     }
 
+    /// The same on a thread that goes on; it ends with the lab's process at the latest.
+    ///
+    /// # Errors
+    /// If the thread cannot be made.
+    pub fn spawn(&self, code: impl FnOnce() + Send + 'static) -> Result<std::thread::JoinHandle<()>> {
+        let net = self.net.try_clone()?;
+        let thread = std::thread::Builder::new().name(self.name.clone());
+        Ok(thread.spawn(move || {
+            if setns(&net, CloneFlags::CLONE_NEWNET).is_ok() {
+                code();
+            }
+        })?)
+    }
+
     /// Runs lines of `ip` as one batch; those that start with `-6` as a second one, after the others.
     ///
     /// # Errors

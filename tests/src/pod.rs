@@ -150,6 +150,24 @@ impl Lab {
         self.probe(place, &["udp", "--to", &to, "--rate", &rate])
     }
 
+    /// The same with so many bytes of payload in each packet.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn udp_flow_of(&self, place: &str, to: IpAddr, rate: u32, size: usize) -> Result<Flow> {
+        let (to, rate) = (format!("{}:{ECHO_PORT}", host(to)), rate.to_string());
+        self.probe(place, &["udp", "--to", &to, "--rate", &rate, "--size", &size.to_string()])
+    }
+
+    /// Starts so many TCP flows, in one program, from a place to a pod's echo server, each with its own rate.
+    ///
+    /// # Errors
+    /// If they cannot be started.
+    pub fn tcp_flows(&self, place: &str, to: IpAddr, rate: u32, flows: usize) -> Result<Flow> {
+        let (to, rate) = (format!("{}:{ECHO_PORT}", host(to)), rate.to_string());
+        self.probe(place, &["tcp", "--to", &to, "--rate", &rate, "--flows", &flows.to_string()])
+    }
+
     /// Starts a TCP flow from a place to a pod's echo server.
     ///
     /// # Errors

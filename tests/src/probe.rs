@@ -112,7 +112,9 @@ pub(crate) fn paced(pace: &Pace, stop: &Stop, mut send: impl FnMut(u64)) -> u64 
             send(sent);
             sent += 1;
         }
-        std::thread::sleep(Duration::from_micros(200));
+        // Until the next is due, but no longer than a stop may take to be seen; and never spin.
+        let next = (sent * 1_000_000).saturating_sub(due) / u64::from(pace.rate.max(1));
+        std::thread::sleep(Duration::from_micros(next.clamp(200, 50_000)));
     }
     sent
 }

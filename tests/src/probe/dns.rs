@@ -27,6 +27,9 @@ pub struct DnsReport {
     pub answers: BTreeMap<u8, u64>,
     /// Answers without a record, whatever their code.
     pub empty: u64,
+    /// Answers with an address that was not expected (none, if nothing was).
+    #[serde(default)]
+    pub wrong: u64,
     /// Questions that our own kernel reported as undeliverable: no socket was open at the server.
     pub refused: u64,
     /// Questions without an answer within a second.
@@ -39,11 +42,11 @@ pub struct DnsReport {
     pub max_ms: f64,
 }
 
-/// Asks one question again and again.
+/// Asks one question again and again. With addresses to expect, an answer that has any other is wrong.
 ///
 /// # Errors
 /// If the socket cannot be made or the name is none.
-pub fn dns(pace: &Pace, question: &Question, stop: &Stop) -> Result<DnsReport> {
+pub fn dns(pace: &Pace, question: &Question, expect: &[IpAddr], stop: &Stop) -> Result<DnsReport> {
     let template = message(question, 0)?;
     let any = if pace.to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
     let socket = UdpSocket::bind(any)?;
@@ -66,6 +69,9 @@ pub fn dns(pace: &Pace, question: &Question, stop: &Stop) -> Result<DnsReport> {
                         let Some(asked) = lock()[usize::from(id)].take() else { continue };
                         *received.answers.entry(buffer[3] & 15).or_default() += 1;
                         received.empty += u64::from(buffer[6..8] == [0, 0]);
+                        let wrong = |list: Vec<IpAddr>| list.iter().any(|a| !expect.contains(a));
+                        let wrong = !expect.is_empty() && addresses(&buffer[..len]).is_none_or(wrong);
+                        received.wrong += u64::from(wrong);
                         received.times.push(asked.elapsed());
                     }
                     Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
@@ -96,6 +102,7 @@ pub fn dns(pace: &Pace, question: &Question, stop: &Stop) -> Result<DnsReport> {
     report.unanswered = report.sent.saturating_sub(times.len() as u64);
     report.answers = received.answers;
     report.empty = received.empty;
+    report.wrong = received.wrong;
     report.p50_ms = ms(percentile(&times, 50));
     report.p99_ms = ms(percentile(&times, 99));
     report.max_ms = ms(times.last().copied().unwrap_or_default());
@@ -106,6 +113,7 @@ pub fn dns(pace: &Pace, question: &Question, stop: &Stop) -> Result<DnsReport> {
 struct Received {
     answers: BTreeMap<u8, u64>,
     empty: u64,
+    wrong: u64,
     refused: u64,
     times: Vec<Duration>,
 }

@@ -3,10 +3,10 @@
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{Pace, ProbePacket, Stop, ms, paced};
+use super::{PROBE_LEN, Pace, ProbePacket, Stop, ms, paced};
 
 /// What became of the packets.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -29,11 +29,12 @@ pub struct UdpReport {
     pub largest_gap_ms: f64,
 }
 
-/// Runs a UDP probe.
+/// Runs a UDP probe with payloads of so many bytes.
 ///
 /// # Errors
-/// If the socket cannot be made.
-pub fn udp(pace: &Pace, stop: &Stop) -> Result<UdpReport> {
+/// If the socket cannot be made, or no packet can have that size.
+pub fn udp(pace: &Pace, size: usize, stop: &Stop) -> Result<UdpReport> {
+    ensure!((PROBE_LEN..=65_000).contains(&size), "a payload of {size} bytes: give {PROBE_LEN} to 65000");
     let any = if pace.to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
     let socket = UdpSocket::bind(any)?;
     let _ = socket2::SockRef::from(&socket).set_recv_buffer_size(4 << 20);
@@ -44,8 +45,10 @@ pub fn udp(pace: &Pace, stop: &Stop) -> Result<UdpReport> {
     let (drained, mut report) = (Stop::default(), UdpReport::default());
     let received = std::thread::scope(|scope| {
         let receiver = scope.spawn(|| receive(&socket, flow, &drained));
+        let mut payload = vec![0; size];
         report.sent = paced(pace, stop, |sequence| {
-            if socket.send(&ProbePacket { flow, sequence, count: 0 }.write()).is_err() {
+            payload[..PROBE_LEN].copy_from_slice(&ProbePacket { flow, sequence, count: 0 }.write());
+            if socket.send(&payload).is_err() {
                 report.refused += 1;
             }
         });
@@ -75,7 +78,7 @@ fn receive(socket: &UdpSocket, flow: u64, drained: &Stop) -> Received {
     let mut received = Received::default();
     let mut seen: Vec<u64> = Vec::new();
     let (mut highest, mut last) = (None, None::<Instant>);
-    let mut buffer = [0; 2048];
+    let mut buffer = vec![0; 65_536];
     while !drained.is_set() {
         // An ICMP error shows as an error of recv: the loss is counted by the missing echo.
         let Ok(len) = socket.recv(&mut buffer) else { continue };
@@ -127,7 +130,7 @@ mod tests {
             }
         });
         let pace = Pace { to, rate: 1000, length: Some(Duration::from_millis(300)) };
-        let report = udp(&pace, &Stop::default()).unwrap();
+        let report = udp(&pace, PROBE_LEN, &Stop::default()).unwrap();
         assert!(report.sent >= 250, "{report:?}");
         assert_eq!(report.lost, report.sent / 10, "{report:?}");
         assert_eq!(report.duplicated, 1, "{report:?}");
