@@ -55,7 +55,8 @@ pub enum Fault {
         /// The longest IP packet that passes, in bytes.
         bytes: u16,
     },
-    /// Each direction and family carries so much; what is more is dropped at once (a policer: there is no queue).
+    /// Each direction and family carries so much; what is more is dropped (a policer: there is no queue, and a
+    /// second's worth may pass at once).
     Rate {
         /// One side.
         a: String,

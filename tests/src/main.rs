@@ -197,7 +197,9 @@ enum FaultCommand {
     EveryNth { a: String, b: String, n: u32 },
     /// A black hole: IP packets longer than BYTES vanish, and no ICMP says so
     Mtu { a: String, b: String, bytes: u16 },
-    /// Each direction and family carries KBIT (1000 bits a second); more is dropped at once, there is no queue
+    /// Each direction and family carries KBIT (1000 bits a second); there is no queue
+    ///
+    /// More is dropped, but for a second's worth that may pass at once.
     Rate { a: String, b: String, kbit: u32 },
     /// Every packet arrives MS milliseconds later, each way, give or take JITTER
     ///

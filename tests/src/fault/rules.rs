@@ -72,10 +72,10 @@ fn too_long(family: &str, bytes: u16) -> String {
     format!("{family} length > {bytes} drop")
 }
 
-/// A burst of 50 ms, but never less than some packets.
+/// nft itself lets a second's worth pass at once; beyond that no more than some packets.
 fn too_much(kbit: u32) -> String {
     let bytes = u64::from(kbit) * 125;
-    format!("limit rate over {bytes} bytes/second burst {} bytes drop", (bytes / 20).max(6000))
+    format!("limit rate over {bytes} bytes/second burst 6000 bytes drop")
 }
 
 fn rule(rules: &mut String, from: &[IpAddr], to: &[IpAddr], verdict: &Verdict) {
