@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use prost::Message as _;
 use tokio::sync::mpsc;
-use tombolo_broker_core::Admitted;
+use tombolo_broker_core::{Admission, Admitted};
 use tombolo_proto::pb;
 use tombolo_proto::wire::{self, Message};
 use tombolo_replica::{Introduction, Session};
@@ -32,6 +32,7 @@ pub(crate) async fn run(shared: Arc<Shared>, peer: Peer, inbound: Streaming<pb::
     let result = match &end {
         End::Closed => "closed",
         End::Draining => "draining",
+        End::Replaced => "replaced",
         End::Denied(_) => "denied",
         End::Broken(_) => "broken",
     };
@@ -43,6 +44,10 @@ pub(crate) async fn run(shared: Arc<Shared>, peer: Peer, inbound: Streaming<pb::
             return;
         }
         End::Draining => Status::unavailable("the broker is going down; come again in a moment"),
+        End::Replaced => {
+            info!(%peer, %address, "session ended: its key was replaced by a newer one");
+            Status::unavailable("this key was replaced by a newer one of the cluster; come again with that")
+        }
         End::Denied(status) => {
             warn!(%peer, %address, reason = status.message(), "session refused");
             status
@@ -59,6 +64,7 @@ pub(crate) async fn run(shared: Arc<Shared>, peer: Peer, inbound: Streaming<pb::
 enum End {
     Closed,
     Draining,
+    Replaced,
     Denied(Status),
     Broken(Status),
 }
@@ -155,11 +161,8 @@ impl Runner {
                 if let Err(error) = result {
                     return End::Broken(Status::invalid_argument(error.to_string()));
                 }
-                if self.is_revoked(admitted) {
-                    return End::Denied(Status::permission_denied(format!(
-                        "{} has no membership any more: it was revoked",
-                        self.name
-                    )));
+                if let Some(end) = self.ended(admitted) {
+                    return end;
                 }
                 ready = true;
             }
@@ -185,10 +188,10 @@ impl Runner {
                     if changed.is_err() {
                         return End::Draining;
                     }
-                    if self.is_revoked(admitted) {
+                    if let Some(end) = self.ended(admitted) {
                         // It is told why before it goes: the list is among the documents.
                         self.farewell(session).await;
-                        return End::Denied(Status::permission_denied(format!("{} has no membership any more: it was revoked", self.name)));
+                        return end;
                     }
                     ready = true;
                 }
@@ -230,11 +233,16 @@ impl Runner {
         }
     }
 
-    fn is_revoked(&self, admitted: &Admitted) -> bool {
-        match admitted {
-            Admitted::Member(cluster) => self.shared.replica().membership(cluster).is_none(),
-            Admitted::Broker => false,
+    /// Why a member that was admitted is one no more.
+    fn ended(&self, admitted: &Admitted) -> Option<End> {
+        let Admitted::Member(cluster) = admitted else { return None };
+        let replica = self.shared.replica();
+        if replica.membership(cluster).is_none() {
+            let text = format!("{cluster} has no membership any more: it was revoked");
+            return Some(End::Denied(Status::permission_denied(text)));
         }
+        // An honest member has brought the new one itself, and comes again with it.
+        Admission::is_replaced(&replica, cluster, &self.peer.key).then_some(End::Replaced)
     }
 
     async fn receive(&mut self) -> Result<Message, End> {

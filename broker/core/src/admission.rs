@@ -51,6 +51,30 @@ pub enum Denied {
         /// The peer's.
         key: PublicKey,
     },
+    /// Its own membership, by a key that was rotated since.
+    #[error(
+        "key {key} of {cluster} was replaced by its generation {generation}; an agent that has just rotated comes again with that one, a cluster that was restored from a backup needs a newer grant (tombolo invite {cluster} --renew)"
+    )]
+    Replaced {
+        /// Whose membership.
+        cluster: ClusterId,
+        /// The peer's.
+        key: PublicKey,
+        /// Of the newest key.
+        generation: u32,
+    },
+    /// It speaks under a newer grant by now.
+    #[error(
+        "{cluster} speaks under grant {newest} by now, and {serial} counts no more; a cluster that was restored from a backup needs a newer grant (tombolo invite {cluster} --renew)"
+    )]
+    Older {
+        /// Whose membership.
+        cluster: ClusterId,
+        /// Of the grant that was shown.
+        serial: u64,
+        /// Of the grant that counts.
+        newest: u64,
+    },
     /// Ended.
     #[error("cluster {cluster} was revoked; it needs a new grant (tombolo admit)")]
     Revoked {
@@ -101,12 +125,33 @@ impl Admission {
             return Err(Denied::Revoked { cluster });
         }
         let serial = shown.grant().serial;
+        let spoken = replica.origin(&cluster).map(|state| state.position().serial);
+        if let Some(newest) = spoken.filter(|&spoken| spoken > serial) {
+            return Err(Denied::Older { cluster, serial, newest });
+        }
         match replica.membership_of(&cluster, serial) {
-            Some(held) if shown.extends(held) || held.extends(&shown) => Ok(Admitted::Member(cluster)),
+            Some(held) if shown.extends(held) || held.extends(&shown) => {
+                let newest = if held.extends(&shown) { held } else { &shown };
+                if newest.key() == *key {
+                    Ok(Admitted::Member(cluster))
+                } else {
+                    Err(Denied::Replaced { cluster, key: *key, generation: newest.generation() })
+                }
+            }
             Some(_) => Err(Denied::Fork { cluster, serial }),
             None if self.is_late(shown.grant(), now) => Err(Denied::Late { cluster }),
+            None if shown.key() != *key => {
+                Err(Denied::Replaced { cluster, key: *key, generation: shown.generation() })
+            }
             None => Ok(Admitted::Member(cluster)),
         }
+    }
+
+    /// Whether a member that was admitted with `key` still is who speaks for its cluster: not after a rotation, since
+    /// whoever has an old key would go on to read.
+    pub fn is_replaced(replica: &Replica, cluster: &ClusterId, key: &PublicKey) -> bool {
+        let mut held = replica.memberships().filter(|m| m.cluster() == cluster).peekable();
+        held.peek().is_some() && !held.any(|membership| membership.key() == *key)
     }
 
     /// What may be taken of documents that a stranger offers: all but memberships that are new and late, which
@@ -216,6 +261,46 @@ mod tests {
         let documents = Documents { revocations: Some(list.sign(&key(7))), ..Documents::default() };
         assert_eq!(replica.offer_documents(&documents), []);
         assert_eq!(judge(&replica, 1, 1, 50), Err(Denied::Revoked { cluster: east() }));
+    }
+
+    /// The same after rotations to these keys.
+    fn rotated(keys: &[u8]) -> MembershipParts {
+        let (set, cluster) = (roots().set(), ClusterId::new("east").unwrap());
+        let mut parts = parts(&key(keys[0]));
+        for (generation, pair) in (1..).zip(keys.windows(2)) {
+            let next = key(pair[1]).public();
+            let binding = Binding { set, cluster: cluster.clone(), serial: 1, generation, key: next };
+            parts.bindings.push(binding.sign(&key(pair[0])));
+        }
+        parts
+    }
+
+    #[test]
+    fn an_old_key_holds_no_session() {
+        let mut replica = replica();
+        let judge = |replica: &Replica, shown: &[u8], tls: u8| {
+            Admission::default().judge(replica, &key(tls).public(), &hello(Some(rotated(shown))), 50)
+        };
+        let east = ClusterId::new("east").unwrap();
+        let admitted = Ok(Admitted::Member(east.clone()));
+        let replaced = |seed: u8, generation| {
+            Err(Denied::Replaced { cluster: east.clone(), key: key(seed).public(), generation })
+        };
+        // Of a cluster that is not known yet, and of one that is.
+        assert_eq!(judge(&replica, &[1, 2], 2), admitted);
+        assert_eq!(judge(&replica, &[1, 2], 1), replaced(1, 1));
+        replica.offer_membership(&rotated(&[1, 2])).unwrap();
+        assert_eq!(judge(&replica, &[1, 2], 2), admitted);
+        assert_eq!(judge(&replica, &[1], 1), replaced(1, 1));
+        // It has rotated twice since the broker heard of it.
+        assert_eq!(judge(&replica, &[1, 2, 3, 4], 4), admitted);
+        assert_eq!(judge(&replica, &[1, 2, 3, 4], 2), replaced(2, 3));
+        // A thief with the first key makes another second one.
+        assert_eq!(judge(&replica, &[1, 9], 9), Err(Denied::Fork { cluster: east.clone(), serial: 1 }));
+        assert!(!Admission::is_replaced(&replica, &east, &key(2).public()));
+        assert!(Admission::is_replaced(&replica, &east, &key(1).public()));
+        replica.offer_membership(&rotated(&[1, 2, 3])).unwrap();
+        assert!(Admission::is_replaced(&replica, &east, &key(2).public()));
     }
 
     #[test]
