@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::num::NonZeroU32;
+use std::num::{NonZeroU16, NonZeroU32};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -107,7 +107,7 @@ impl TunnelDriver for Veths {
             let entry = state.peers.entry(peer.key).or_default();
             let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
             match &peer.what {
-                PeerAction::Add { endpoint, allowed } => {
+                PeerAction::Add { endpoint, allowed, .. } => {
                     *entry = PeerState {
                         endpoint: *endpoint,
                         keepalive: 10,
@@ -295,8 +295,11 @@ fn vip(text: &str, port: u16) -> Vip {
 }
 
 fn balance(backends: &[&str], affinity: Option<u32>) -> Balance {
-    let backends =
-        backends.iter().map(|b| b.parse::<SocketAddr>().unwrap()).map(|b| (b.ip(), b.port())).collect();
+    let backends = backends
+        .iter()
+        .map(|b| b.parse::<SocketAddr>().unwrap())
+        .map(|b| ((b.ip(), b.port()), NonZeroU16::MIN));
+    let backends = backends.collect();
     Balance { backends, affinity: affinity.and_then(NonZeroU32::new) }
 }
 

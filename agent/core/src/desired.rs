@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
-use std::num::NonZeroU32;
+use std::num::{NonZeroU16, NonZeroU32};
 
 use ipnet::IpNet;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use tombolo_proto::model::{
     DeviceNumber, Endpoint, Family, NodeName, Prefix, Protocol, Record, RecordKey, Scope, WireguardKey,
 };
@@ -165,10 +165,26 @@ pub struct Vip {
 /// Where a VIP's connections go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Balance {
-    /// Eligible backends; none refuses connections. At most 64 are used.
-    pub backends: BTreeSet<(IpAddr, u16)>,
+    /// Eligible backends, and how many of all entries each has: a connection takes any entry. None refuses connections;
+    /// at most 64 entries are used.
+    #[serde(serialize_with = "entries")]
+    pub backends: BTreeMap<(IpAddr, u16), NonZeroU16>,
     /// A client stays with a backend for so many seconds.
     pub affinity: Option<NonZeroU32>,
+}
+
+impl Balance {
+    /// Entries of all backends: of how many a connection takes one.
+    pub fn entries(&self) -> usize {
+        self.backends.values().map(|count| usize::from(count.get())).sum()
+    }
+}
+
+fn entries<S: Serializer>(
+    backends: &BTreeMap<(IpAddr, u16), NonZeroU16>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(backends.iter().map(|((address, port), entries)| (address, port, entries)))
 }
 
 /// What should be in the cluster, as its controller writes it.

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use tombolo_proto::model::{ClusterId, Export, Port, Prefer, Share};
+use tombolo_proto::model::{ClusterId, Export, Port, PortName, Prefer, Protocol, Share};
 
 use crate::object::{Import, Preferences};
 
@@ -131,6 +131,7 @@ pub fn merge(constituents: &[Constituent<'_>]) -> Option<Merged> {
             conflicts.entry(conflict).or_default().insert(constituent.cluster.clone());
         }
     }
+    name_all(&mut ports, &ordered, &mut exposed);
     let import = Import {
         kind: first.kind,
         ports,
@@ -204,6 +205,54 @@ fn unite(merged: &mut Vec<Port>, own: &[Port]) -> (Vec<Exposed>, bool) {
     (list, clean)
 }
 
+/// Names what has no name, where there are several ports: Kubernetes wants all of them named. A port takes the name that
+/// the oldest has for it who has one, else one of its number; neither may mean another port anywhere.
+fn name_all(
+    merged: &mut [Port],
+    ordered: &[&Constituent<'_>],
+    exposed: &mut BTreeMap<ClusterId, Vec<Exposed>>,
+) {
+    if merged.len() < 2 {
+        return;
+    }
+    // What each name means, wherever it means something.
+    let mut meant: BTreeMap<PortName, BTreeSet<Number>> = BTreeMap::new();
+    // What each port is called, by age of who calls it so.
+    let mut called: BTreeMap<Number, Vec<PortName>> = BTreeMap::new();
+    for port in ordered.iter().flat_map(|c| &c.export.ports) {
+        if let Some(name) = &port.name {
+            meant.entry(name.clone()).or_default().insert(number(port));
+            called.entry(number(port)).or_default().push(name.clone());
+        }
+    }
+    for at in 0..merged.len() {
+        if merged[at].name.is_some() {
+            continue;
+        }
+        let nameless = merged[at].clone();
+        let own = BTreeSet::from([number(&nameless)]);
+        let theirs = called.get(&number(&nameless)).cloned().unwrap_or_default();
+        let text = format!("{}-{}", nameless.protocol.as_str().to_ascii_lowercase(), nameless.port);
+        let numbered = (1_u32..).map(|n| if n == 1 { text.clone() } else { format!("{text}-{n}") });
+        let made = numbered.filter_map(|text| PortName::new(&text).ok());
+        let free = |name: &PortName| meant.get(name).is_none_or(|numbers| *numbers == own);
+        let Some(name) = theirs.into_iter().chain(made).find(free) else { continue };
+        meant.insert(name.clone(), own);
+        merged[at].name = Some(name);
+        for list in exposed.values_mut() {
+            for e in list.iter_mut().filter(|e| e.merged == nameless) {
+                e.merged = merged[at].clone();
+            }
+        }
+    }
+}
+
+type Number = (Protocol, u16);
+
+fn number(port: &Port) -> Number {
+    (port.protocol, port.port)
+}
+
 enum Place<'a> {
     /// It is this one, and whether all its properties are the same.
     At(&'a Port, bool),
@@ -214,8 +263,9 @@ enum Place<'a> {
 }
 
 fn place<'a>(merged: &'a [Port], port: &Port) -> Place<'a> {
-    let same = |p: &&Port| p.protocol == port.protocol && p.port == port.port;
-    if let Some(named) = merged.iter().find(|p| p.name == port.name) {
+    let same = |p: &&Port| number(p) == number(port);
+    // What has no name has none in common.
+    if let Some(named) = merged.iter().find(|p| p.name.is_some() && p.name == port.name) {
         return if same(&named) {
             Place::At(named, named.app_protocol == port.app_protocol)
         } else {
@@ -223,7 +273,7 @@ fn place<'a>(merged: &'a [Port], port: &Port) -> Place<'a> {
         };
     }
     match merged.iter().find(same) {
-        Some(other) => Place::At(other, false),
+        Some(other) => Place::At(other, other.name == port.name && other.app_protocol == port.app_protocol),
         None => Place::Free,
     }
 }

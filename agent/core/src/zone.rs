@@ -55,13 +55,21 @@ struct ClusterSetIP {
 /// At least one endpoint is ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Headless {
-    /// In fair order: the clusters take turns.
+    /// Those of eligible clusters first, in fair order: the clusters take turns.
     hosts: Vec<Host>,
+    /// How many of them the bare name answers with: at most [`MAX_HOSTS`].
+    shown: usize,
     /// Cluster to hostname to place in `hosts`, of those whose name fits into DNS.
     names: BTreeMap<String, BTreeMap<String, usize>>,
-    /// Addresses of the first [`MAX_HOSTS`] hosts.
+    /// Addresses of the hosts that are shown.
     v4: Vec<Ipv4Addr>,
     v6: Vec<Ipv6Addr>,
+}
+
+impl Headless {
+    fn shown(&self) -> &[Host] {
+        self.hosts.get(..self.shown).unwrap_or(&self.hosts)
+    }
 }
 
 /// The ready endpoints of one cluster that share a hostname.
@@ -247,7 +255,7 @@ impl<'a> Asked<'a> {
                 };
                 let exists = match entry {
                     Entry::ClusterSetIP(e) => exists(&e.ports),
-                    Entry::Headless(e) => e.hosts.iter().any(|h| h.named && exists(&h.ports)),
+                    Entry::Headless(e) => e.shown().iter().any(|h| h.named && exists(&h.ports)),
                 };
                 if exists { Answer::NoData } else { Answer::NoName }
             }
@@ -317,7 +325,7 @@ impl<'a> Asked<'a> {
     }
 
     fn ports_of_hosts(self, entry: &'a Headless, only: Option<(Protocol, &str)>) -> Answer<'a> {
-        let hosts = entry.hosts.get(..MAX_HOSTS).unwrap_or(&entry.hosts);
+        let hosts = entry.shown();
         let mut found = Found { records: Vec::new(), cut: false, additional: Vec::new() };
         for host in rotated(hosts, self.turn).filter(|h| h.named) {
             let target = Target {

@@ -15,7 +15,7 @@ use crate::object::{Condition, ExportStatus, LocalBackends, LocalKind, Service, 
 use crate::world::ClusterWorld;
 
 /// A service that this cluster exports.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Own {
     pub(crate) export: Export,
     pub(crate) shards: BTreeMap<u32, Backends>,
@@ -51,9 +51,15 @@ pub(crate) fn exports(
                 let local = backends.get(key).map(Vec::as_slice).unwrap_or_default();
                 let own = own(world, &hosts, key, stated, local, findings);
                 result.good.insert(key.clone(), own);
+                let misread = export.misread.as_ref();
+                if let Some(misread) = misread {
+                    let text = format!("{misread}; correct it");
+                    findings.warning("PreferenceMisread", format!("serviceexport {key}"), text);
+                }
+                let ready = misread.map(|misread| format!("stated to the set, but {misread}"));
                 status(
                     (true, "Valid", "the service can be exported"),
-                    (true, "Exported", "stated to the set"),
+                    (true, "Exported", ready.as_deref().unwrap_or("stated to the set")),
                 )
             }
             Err(Refusal { valid, ready, message }) => {

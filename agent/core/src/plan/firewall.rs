@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use tombolo_proto::model::{ClusterId, DeviceFamily, DeviceNumber, Lane, NodeName, Prefix, Protocol, Rank};
 
+use super::eligible::View;
 use super::findings::Findings;
 use super::roster::Stations;
 use super::{peer, vip};
@@ -18,6 +19,7 @@ pub(crate) fn firewall(
     members: &BTreeMap<ClusterId, MemberNodes>,
     stations: &BTreeMap<&ClusterId, Stations<'_>>,
     hosts: &BTreeMap<IpAddr, NodeName>,
+    view: View<'_>,
     imports: &BTreeMap<ServiceKey, Import>,
     slices: &BTreeMap<SliceKey, Slice>,
     findings: &mut Findings,
@@ -66,7 +68,7 @@ pub(crate) fn firewall(
         out_devices: devices(DeviceFamily::Out),
         in_devices: devices(DeviceFamily::In),
         exported,
-        vips: vip::vips(world, imports, slices),
+        vips: vip::vips(world, view, imports, slices),
         clusterset: world.clusterset.map(|ranges| ranges.nets().collect()).unwrap_or_default(),
         resolvers: world.clusterset.map(|ranges| ranges.resolvers().collect()).unwrap_or_default(),
         mtu: peer::mtu(world, findings),

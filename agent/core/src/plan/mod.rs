@@ -3,6 +3,7 @@
 mod address;
 mod backend;
 mod conflict;
+pub mod eligible;
 mod endpoint;
 mod export;
 mod findings;
@@ -26,6 +27,7 @@ use std::collections::BTreeMap;
 use tombolo_proto::model::{ClusterId, Endpoint, NodeName, Record, RecordKey, Scope, record_kind};
 use tombolo_proto::wire;
 
+use self::eligible::View;
 use self::findings::Findings;
 pub(crate) use self::hash::stable as stable_hash;
 use self::service::Sources;
@@ -61,14 +63,15 @@ fn plan_node(world: &NodeWorld, findings: &mut Findings) -> NodeDesired {
     };
     let imports = &*vip::honest(world, imports, findings);
     let slices = backend::owned(slices, members, (&world.cluster, hosts), findings);
-    desired.zone = Section::Set(Zone::build(imports, &slices));
-
     let stations: BTreeMap<&ClusterId, _> =
         members.iter().map(|(id, m)| (id, roster::stations(&world.cluster, id, m, findings))).collect();
-    let firewall = firewall::firewall(world, members, &stations, hosts, imports, &slices, findings);
+    let devices = peer::devices(world, members, &stations, findings);
+    let unreached = eligible::unreached(world, &devices);
+    let view = View { cluster: &world.cluster, unreached: &unreached };
+    desired.zone = Section::Set(Zone::eligible(imports, &slices, view));
+    let firewall = firewall::firewall(world, members, &stations, hosts, view, imports, &slices, findings);
     desired.firewall = Section::Set(firewall);
     if members.contains_key(&world.cluster) {
-        let devices = peer::devices(world, members, &stations, findings);
         let routes = route::routes(world, members, &stations, &devices, findings);
         desired.rules = Section::Set(rule::rules(&routes, &devices));
         desired.devices = Section::Set(devices);

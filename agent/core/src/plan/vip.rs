@@ -3,17 +3,19 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::num::NonZeroU16;
 
-use tombolo_proto::model::{Family, ServiceType};
+use tombolo_proto::model::{ClusterId, Family, ServiceType};
 
+use super::eligible::{Verdict, View, target};
 use super::findings::Findings;
 use super::hash::{octets, stable};
 use crate::desired::{Balance, Vip};
 use crate::object::{Import, ServiceKey, Slice, SliceKey};
 use crate::world::{ClustersetRanges, NodeWorld};
 
-/// Backends of a VIP on one node: one nft chain for each count.
-const MAX_BACKENDS: usize = 64;
+/// Entries of a VIP's backends on one node: one nft chain for each count.
+const MAX_ENTRIES: usize = 64;
 
 /// Whether a VIP may be this address: within the cluster's own range and no address of another purpose.
 pub(crate) fn is_vip(ranges: &ClustersetRanges, address: IpAddr) -> bool {
@@ -58,9 +60,10 @@ pub(crate) fn honest<'a>(
     result
 }
 
-/// Plans where the connections of every VIP go: to ready backends of clusters that expose the port (mcs 20, 28).
+/// Plans where the connections of every VIP go: to eligible backends of clusters that expose the port (mcs 20, 28).
 pub(crate) fn vips(
     world: &NodeWorld,
+    view: View<'_>,
     imports: &BTreeMap<ServiceKey, Import>,
     slices: &BTreeMap<SliceKey, Slice>,
 ) -> BTreeMap<Vip, Balance> {
@@ -76,19 +79,19 @@ pub(crate) fn vips(
         let slices = by_service.get(key).map(Vec::as_slice).unwrap_or_default();
         for &ip in &import.ips {
             for port in &import.ports {
-                let mut backends: BTreeSet<(IpAddr, u16)> = BTreeSet::new();
-                for (_, slice) in slices.iter().filter(|(k, _)| k.family == Family::of(ip)) {
-                    let same = |p: &&_| {
-                        let p: &tombolo_proto::model::Port = p;
-                        p.name == port.name && p.protocol == port.protocol
-                    };
-                    if let Some(target) = slice.ports.iter().find(same) {
+                let verdicts = view.of_port(import, slices, port, Family::of(ip));
+                let mut clusters: BTreeMap<&ClusterId, BTreeSet<Target>> = BTreeMap::new();
+                for (key, slice) in slices.iter().filter(|(k, _)| k.family == Family::of(ip)) {
+                    if verdicts.get(&key.source) == Some(&Verdict::Used)
+                        && let Some(target) = target(slice, port)
+                    {
                         let ready = slice.backends.iter().filter(|b| b.ready);
-                        backends.extend(ready.map(|b| (b.address, target.port)));
+                        let place = clusters.entry(&key.source).or_default();
+                        place.extend(ready.map(|b| (b.address, target.port)));
                     }
                 }
                 let vip = Vip { address: ip, protocol: port.protocol, port: port.port };
-                let backends = fair(world, &vip, backends);
+                let backends = share_out(world, &vip, import, clusters);
                 vips.insert(vip, Balance { backends, affinity: import.affinity });
             }
         }
@@ -96,13 +99,75 @@ pub(crate) fn vips(
     vips
 }
 
-/// At most [`MAX_BACKENDS`]. Each node takes others of them (rendezvous hashing with its name), so that all together
-/// use all, and one that comes or goes moves no other.
-fn fair(world: &NodeWorld, vip: &Vip, backends: BTreeSet<(IpAddr, u16)>) -> BTreeSet<(IpAddr, u16)> {
-    if backends.len() <= MAX_BACKENDS {
-        return backends;
+type Target = (IpAddr, u16);
+
+/// Gives each backend its entries, at most [`MAX_ENTRIES`] together: one each, or in proportion to the weights of their
+/// clusters.
+fn share_out(
+    world: &NodeWorld,
+    vip: &Vip,
+    import: &Import,
+    clusters: BTreeMap<&ClusterId, BTreeSet<Target>>,
+) -> BTreeMap<Target, NonZeroU16> {
+    let weight = |cluster: &ClusterId| usize::from(import.preferences.share(cluster).weight.get());
+    let common = clusters.keys().map(|c| weight(c)).reduce(greatest_common_divisor).unwrap_or(1).max(1);
+    let parts: Vec<(usize, BTreeSet<Target>)> =
+        clusters.into_iter().map(|(c, list)| (weight(c) / common * list.len(), list)).collect();
+    let sum: usize = parts.iter().map(|(part, _)| part).sum();
+    let equal = parts.iter().all(|(part, list)| *part == list.len());
+    let mut entries = BTreeMap::new();
+    if equal || parts.len() > MAX_ENTRIES {
+        let all = parts.into_iter().flat_map(|(_, list)| list).collect::<BTreeSet<_>>();
+        let count = all.len().min(MAX_ENTRIES);
+        give(world, vip, count, all, &mut entries);
+        return entries;
     }
-    let weigh = |(address, port): &(IpAddr, u16)| {
+    let counts = if sum <= MAX_ENTRIES {
+        parts.iter().map(|(part, _)| *part).collect()
+    } else {
+        apportion(&parts.iter().map(|(part, _)| *part).collect::<Vec<_>>())
+    };
+    for ((_, list), count) in parts.into_iter().zip(counts) {
+        give(world, vip, count, list, &mut entries);
+    }
+    entries
+}
+
+fn greatest_common_divisor(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
+}
+
+/// [`MAX_ENTRIES`] in proportion to these parts, none of them without any: one each, the rest by largest remainder.
+fn apportion(parts: &[usize]) -> Vec<usize> {
+    let sum: usize = parts.iter().sum::<usize>().max(1);
+    let rest = MAX_ENTRIES.saturating_sub(parts.len());
+    // In units of 1/sum of an entry: what a part still lacks beyond its one.
+    let over: Vec<usize> = parts.iter().map(|p| (p * MAX_ENTRIES).saturating_sub(sum)).collect();
+    let total: usize = over.iter().sum::<usize>().max(1);
+    let mut counts: Vec<usize> = over.iter().map(|o| 1 + o * rest / total).collect();
+    let mut order: Vec<usize> = (0..parts.len()).collect();
+    order.sort_by_key(|&i| (std::cmp::Reverse(over[i] * rest % total), i));
+    let left = MAX_ENTRIES.saturating_sub(counts.iter().sum());
+    for i in order.into_iter().take(left) {
+        counts[i] += 1;
+    }
+    counts
+}
+
+/// Gives `count` entries to backends, as evenly as can be. Where not all get the same, each node prefers others
+/// (rendezvous hashing with its name), so that all together use all alike, and one that comes or goes moves no other.
+fn give(
+    world: &NodeWorld,
+    vip: &Vip,
+    count: usize,
+    backends: BTreeSet<Target>,
+    entries: &mut BTreeMap<Target, NonZeroU16>,
+) {
+    if backends.is_empty() {
+        return;
+    }
+    let (each, more) = (count / backends.len(), count % backends.len());
+    let weigh = |(address, port): &Target| {
         stable(&[
             world.node.as_str().as_bytes(),
             &octets(vip.address),
@@ -111,7 +176,18 @@ fn fair(world: &NodeWorld, vip: &Vip, backends: BTreeSet<(IpAddr, u16)>) -> BTre
             &port.to_be_bytes(),
         ])
     };
-    let mut weighed: Vec<(u64, (IpAddr, u16))> = backends.into_iter().map(|b| (weigh(&b), b)).collect();
+    let mut weighed: Vec<(u64, Target)> = if more == 0 {
+        backends.into_iter().map(|b| (0, b)).collect()
+    } else {
+        backends.into_iter().map(|b| (weigh(&b), b)).collect()
+    };
     weighed.sort_unstable();
-    weighed.into_iter().take(MAX_BACKENDS).map(|(_, backend)| backend).collect()
+    for (place, (_, backend)) in weighed.into_iter().enumerate() {
+        let count = each + usize::from(place < more);
+        if let Some(count) = u16::try_from(count).ok().and_then(NonZeroU16::new) {
+            // Whom two clusters claim gets both parts.
+            let old = entries.get(&backend).map_or(0, |n: &NonZeroU16| n.get());
+            entries.insert(backend, count.saturating_add(old));
+        }
+    }
 }

@@ -8,11 +8,33 @@ use tombolo_proto::model::{self, Backend, ClusterId, Family, ServiceType};
 
 use super::{ClusterSetIP, Entry, Headless, Host, MAX_HOSTS, MAX_NAME, Port, Target, Zone};
 use crate::object::{Import, ServiceKey, Slice, SliceKey};
+use crate::plan::eligible::{Verdict, View};
 
 impl Zone {
     /// The zone of these ServiceImports and imported EndpointSlices. Whether an address may be spoken for was
     /// decided before: all of them are believed.
     pub fn build(imports: &BTreeMap<ServiceKey, Import>, slices: &BTreeMap<SliceKey, Slice>) -> Self {
+        Self::choose(imports, slices, |_, ready| ready.clone())
+    }
+
+    /// The same; of a headless service the bare name answers only with the endpoints of clusters that `eligible` judges to
+    /// be used. A name that names one endpoint leaves no choice, and answers with it whatever was decided.
+    pub fn eligible(
+        imports: &BTreeMap<ServiceKey, Import>,
+        slices: &BTreeMap<SliceKey, Slice>,
+        view: View<'_>,
+    ) -> Self {
+        Self::choose(imports, slices, |import, ready| {
+            let verdicts = view.eligible(&import.preferences, ready);
+            verdicts.into_iter().filter(|(_, verdict)| *verdict == Verdict::Used).map(|(c, _)| c).collect()
+        })
+    }
+
+    fn choose(
+        imports: &BTreeMap<ServiceKey, Import>,
+        slices: &BTreeMap<SliceKey, Slice>,
+        used: impl for<'c> Fn(&Import, &BTreeSet<&'c ClusterId>) -> BTreeSet<&'c ClusterId>,
+    ) -> Self {
         let mut of_service: BTreeMap<&ServiceKey, Vec<(&SliceKey, &Slice)>> = BTreeMap::new();
         for (key, slice) in slices {
             of_service.entry(&key.service).or_default().push((key, slice));
@@ -23,7 +45,7 @@ impl Zone {
                 ServiceType::ClusterSetIP => Some(Entry::ClusterSetIP(clusterset_ip(import))),
                 ServiceType::Headless => {
                     let slices = of_service.get(key).map(Vec::as_slice).unwrap_or_default();
-                    headless(key, slices).map(Entry::Headless)
+                    headless(key, slices, |ready| used(import, ready)).map(Entry::Headless)
                 }
             };
             if let Some(entry) = entry {
@@ -48,7 +70,11 @@ struct Gathered {
 }
 
 /// Nothing at all if no endpoint is ready (2.4.1: NXDOMAIN).
-fn headless(service: &ServiceKey, slices: &[(&SliceKey, &Slice)]) -> Option<Headless> {
+fn headless(
+    service: &ServiceKey,
+    slices: &[(&SliceKey, &Slice)],
+    used: impl for<'c> Fn(&BTreeSet<&'c ClusterId>) -> BTreeSet<&'c ClusterId>,
+) -> Option<Headless> {
     let mut gathered: BTreeMap<(&ClusterId, String), Gathered> = BTreeMap::new();
     for (key, slice) in slices {
         let ports = ports(&slice.ports);
@@ -76,7 +102,12 @@ fn headless(service: &ServiceKey, slices: &[(&SliceKey, &Slice)]) -> Option<Head
         };
         list.push_back(Host { cluster: cluster.as_str().to_owned(), name, named, v4, v6, ports });
     }
-    let hosts = Vec::from(take_turns(clusters.into_values().map(take_turns)));
+    let used = used(&clusters.keys().copied().collect());
+    let turns = |list: BTreeMap<&ClusterId, _>| Vec::from(take_turns(list.into_values().map(take_turns)));
+    let (first, rest) = clusters.into_iter().partition(|(cluster, _)| used.contains(cluster));
+    let mut hosts: Vec<Host> = turns(first);
+    let shown = hosts.len().min(MAX_HOSTS);
+    hosts.extend(turns(rest));
     if hosts.is_empty() {
         return None;
     }
@@ -84,10 +115,9 @@ fn headless(service: &ServiceKey, slices: &[(&SliceKey, &Slice)]) -> Option<Head
     for (at, host) in hosts.iter().enumerate().filter(|(_, h)| h.named) {
         names.entry(host.cluster.clone()).or_default().insert(host.name.clone(), at);
     }
-    let shown = hosts.get(..MAX_HOSTS).unwrap_or(&hosts);
-    let v4 = unique(shown.iter().flat_map(|h| h.v4.iter().copied()));
-    let v6 = unique(shown.iter().flat_map(|h| h.v6.iter().copied()));
-    Some(Headless { v4, v6, names, hosts })
+    let v4 = unique(hosts[..shown].iter().flat_map(|h| h.v4.iter().copied()));
+    let v6 = unique(hosts[..shown].iter().flat_map(|h| h.v6.iter().copied()));
+    Some(Headless { v4, v6, names, hosts, shown })
 }
 
 /// The endpoint's hostname, else its address with dashes, which is what other implementations call it. An IPv6

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::iter::repeat_n;
 use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -238,7 +239,9 @@ fn one_family(firewall: &Firewall, family: Family, all: &mut BTreeMap<String, El
     let mut identities = BTreeSet::new();
     for (vip, balance) in vips {
         let key = vip_key(vip);
-        let chosen = fair_subset(balance.backends.iter().copied().filter(|(a, _)| ours(a)).collect());
+        let entries = balance.backends.iter().filter(|((a, _), _)| ours(a));
+        let entries = entries.flat_map(|(backend, count)| repeat_n(*backend, count.get().into()));
+        let chosen = fair_subset(entries.collect());
         let Ok(count @ 1..) = u16::try_from(chosen.len()) else { continue };
         verdicts.insert(key.clone(), vec![Datum::Pick(family, count)]);
         for (index, (address, port)) in (0..).zip(chosen) {

@@ -33,7 +33,7 @@ pub(in crate::command) fn rows(here: &Here, key: &ServiceKey, import: &Import) -
     let mine = |vip: &Vip| import.ips.contains(&vip.address);
     let balances: BTreeMap<&Vip, &Balance> = vips.into_iter().flatten().filter(|(v, _)| mine(v)).collect();
     let balanced: BTreeSet<IpAddr> =
-        balances.values().flat_map(|b| b.backends.iter().map(|(address, _)| *address)).collect();
+        balances.values().flat_map(|b| b.backends.keys().map(|(address, _)| *address)).collect();
 
     let mut rows: Vec<Row> =
         import.ips.iter().map(|ip| clusterset_ip(*ip, import, &named, &balances)).collect();

@@ -15,14 +15,14 @@ use crate::known::{Known, Section};
 use crate::object::{Import, Slice, SliceKey};
 use crate::world::{ClustersetRanges, Health, MemberNodes, NodeWorld, Reach};
 
-fn plan(world: &NodeWorld) -> (NodeDesired, Vec<&'static str>) {
+pub(super) fn plan(world: &NodeWorld) -> (NodeDesired, Vec<&'static str>) {
     let (desired, findings) = crate::plan::node(world);
     assert_eq!(crate::plan::node(world), (desired.clone(), findings.clone()), "law 1");
     (desired, findings.iter().map(|f| f.reason).collect())
 }
 
 /// docs/datapath.md: two gateways and a worker a side.
-fn member(cluster: u8) -> MemberNodes {
+pub(super) fn member(cluster: u8) -> MemberNodes {
     let nodes = [(1, "gw1", 1), (2, "gw2", 2), (3, "w1", 0)];
     let nodes = nodes.map(|(host, name, rank)| (node(name), endpoint(cluster, host, name, rank)));
     MemberNodes {
@@ -40,7 +40,7 @@ fn ranges() -> ClustersetRanges {
     }
 }
 
-fn world(name: &str) -> NodeWorld {
+pub(super) fn world(name: &str) -> NodeWorld {
     NodeWorld {
         cluster: id("eu"),
         node: node(name),
@@ -57,7 +57,7 @@ fn world(name: &str) -> NodeWorld {
     }
 }
 
-fn number(n: u8) -> DeviceNumber {
+pub(super) fn number(n: u8) -> DeviceNumber {
     DeviceNumber::new(n).unwrap()
 }
 
@@ -65,7 +65,7 @@ fn devices(desired: &NodeDesired) -> &BTreeMap<DeviceNumber, TunnelDevice> {
     desired.devices.get().unwrap()
 }
 
-fn firewall(desired: &NodeDesired) -> &Firewall {
+pub(super) fn firewall(desired: &NodeDesired) -> &Firewall {
     desired.firewall.get().unwrap()
 }
 
@@ -139,11 +139,11 @@ fn a_worker_as_in_the_data_path() {
 }
 
 /// Peers of this node, by device number.
-fn dead(world: &NodeWorld, numbers: &[u8]) -> Health {
+pub(super) fn dead(world: &NodeWorld, numbers: &[u8]) -> Health {
     let desired = plan(world).0;
     let peers =
         |n: &u8| devices(&desired)[&number(*n)].peers.keys().map(|k| (number(*n), *k)).collect::<Vec<_>>();
-    Health { dead: numbers.iter().flat_map(peers).collect(), unreachable: BTreeMap::new() }
+    Health { dead: numbers.iter().flat_map(peers).collect(), ..Health::default() }
 }
 
 #[test]
@@ -194,7 +194,7 @@ fn a_worker_leaves_gateways_that_are_dead_or_cut_off() {
     assert_eq!(findings, ["NoLiveTunnel"]);
     w1.health = dead(&w1, &[5, 6]);
     assert_eq!(slots(&plan(&w1).0, "10.2.0.0/16"), Some(vec![5, 6]));
-    w1.health = Health { dead: BTreeSet::new(), unreachable: [(node("gw1"), [id("us")].into())].into() };
+    w1.health = Health { unreachable: [(node("gw1"), [id("us")].into())].into(), ..Health::default() };
     assert_eq!(slots(&plan(&w1).0, "10.2.0.0/16"), Some(vec![6]));
     w1.health.unreachable.insert(node("gw2"), [id("us")].into());
     assert_eq!(slots(&plan(&w1).0, "10.2.0.0/16"), Some(vec![5, 6]));
@@ -219,7 +219,7 @@ fn unknown_is_kept_and_known_to_be_gone_goes() {
     assert_eq!(desired.routes.get().unwrap().len(), 6);
 }
 
-fn import(ports: &[tombolo_proto::model::Port], ips: &[&str]) -> Import {
+pub(super) fn import(ports: &[tombolo_proto::model::Port], ips: &[&str]) -> Import {
     Import {
         kind: ServiceType::ClusterSetIP,
         ports: ports.to_vec(),
@@ -235,7 +235,7 @@ fn import(ports: &[tombolo_proto::model::Port], ips: &[&str]) -> Import {
     }
 }
 
-fn slice_key(name: &str, source: &str, family: Family, index: u32) -> SliceKey {
+pub(super) fn slice_key(name: &str, source: &str, family: Family, index: u32) -> SliceKey {
     SliceKey { service: service(name), source: id(source), family, index }
 }
 
@@ -275,7 +275,7 @@ fn vips_and_reach() {
     let firewall = firewall(&desired);
     let vip = |address: &str, port: u16| {
         let vip = Vip { address: ip(address), protocol: Protocol::Tcp, port };
-        firewall.vips[&vip].backends.iter().map(|b| SocketAddr::from(*b).to_string()).collect::<Vec<_>>()
+        firewall.vips[&vip].backends.keys().map(|b| SocketAddr::from(*b).to_string()).collect::<Vec<_>>()
     };
     assert_eq!(vip("198.19.0.9", 80), ["10.1.2.10:8080", "10.1.3.10:8080", "10.2.3.10:8080"]);
     assert_eq!(vip("198.19.0.9", 9000), ["10.2.3.10:1"], "mcs 20");
@@ -310,7 +310,7 @@ fn own_backends_on_a_hosts_network_are_reached_there_and_let_in_by_tunnel_addres
         "192.0.2.18 is no node; us has none here"
     );
     let firewall = firewall(&desired);
-    let backends: Vec<_> = firewall.vips.values().next().unwrap().backends.iter().map(|b| b.0).collect();
+    let backends: Vec<_> = firewall.vips.values().next().unwrap().backends.keys().map(|b| b.0).collect();
     assert_eq!(backends, [ip("192.0.2.16"), ip("192.0.2.17")]);
     let tunnel = *firewall.tunnel.iter().find(|t| t.is_ipv4()).unwrap();
     assert_eq!(firewall.exported, [(tunnel, Protocol::Tcp, 8080)].into());
@@ -330,8 +330,8 @@ fn more_than_64_backends_are_used_by_all_nodes_together() {
         world.slices = Known::Yes([(slice_key("a/web", "us", Family::V4, 0), slice.clone())].into());
         let (desired, _) = plan(&world);
         let balance = firewall(&desired).vips.values().next().unwrap();
-        assert_eq!(balance.backends.len(), 64);
-        used.extend(balance.backends.clone());
+        assert_eq!((balance.backends.len(), balance.entries()), (64, 64));
+        used.extend(balance.backends.keys().copied());
     }
     assert_eq!(used.len(), 100);
 }
@@ -569,7 +569,7 @@ proptest! {
         let firewall = firewall(&desired);
         for (vip, balance) in &firewall.vips {
             prop_assert!(super::super::vip::is_vip(&ranges(), vip.address));
-            for (address, _) in &balance.backends {
+            for (address, _) in balance.backends.keys() {
                 prop_assert!(own.iter().chain(&foreign).any(|p| p.contains(*address)));
             }
         }

@@ -164,7 +164,7 @@ impl Walk<'_> {
             .firewall
             .get()
             .and_then(|f| f.vips.get(&vip))
-            .map_or(0, |balance| balance.backends.len().min(64));
+            .map_or(0, |balance| balance.entries().min(64));
         let what = format!("{}:{}/{}", host(address), vip.port, vip.protocol);
         match self.kernel.vip(&vip) {
             Err(error) => self.fail(
