@@ -119,7 +119,9 @@ pub fn service_manifest(
     text
 }
 
-fn node_manifest(node: &crate::topology::Node) -> String {
+/// A Node.
+#[must_use]
+pub fn node_manifest(node: &crate::topology::Node) -> String {
     let mut text = format!("apiVersion: v1\nkind: Node\nmetadata:\n  name: {}\n", node.name);
     if node.gateway {
         text.push_str("  labels:\n    tombolo.dev/gateway: \"true\"\n");

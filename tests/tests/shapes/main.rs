@@ -1,0 +1,6 @@
+//! Clusters of every shape: one node or many gateways, behind a NAT, coming and going, meshed.
+
+#![allow(unreachable_pub, missing_docs, clippy::unwrap_used, clippy::print_stderr)]
+
+mod common;
+mod small;
