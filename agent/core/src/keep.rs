@@ -5,7 +5,8 @@ use std::time::Duration;
 use tombolo_proto::model::Position;
 
 /// A Member whose position alone moved is not rewritten more often: it says how far back nobody may roll the cluster
-/// after a restart, and need not be exact.
+/// after a restart, and need not be exact. But what is said with another key, or under another grant, is kept at once:
+/// after it the one before says nothing any more.
 pub const POSITION_EVERY: Duration = Duration::from_secs(10);
 
 /// What is kept of a cluster, against what is held of it.
@@ -46,6 +47,10 @@ pub fn rewrite(kept: Option<&Kept>, held: Position, floor: Option<Position>, now
     }
     if kept.position == Some(held) {
         return Rewrite::No;
+    }
+    let voice = |position: Position| (position.serial, position.generation);
+    if kept.position.map(voice) != Some(voice(held)) {
+        return Rewrite::Now;
     }
     match kept.written.map(|written| written + POSITION_EVERY) {
         Some(due) if now < due => Rewrite::At(due),
@@ -91,6 +96,12 @@ mod tests {
     fn it_never_goes_back() {
         let torn = Kept { whole: false, nodes: false, ..GOOD };
         assert_eq!(rewrite(Some(&torn), at(6), Some(at(7)), NOW), Rewrite::No);
+    }
+
+    #[test]
+    fn another_key_or_grant_is_kept_at_once() {
+        assert_eq!(rewrite(Some(&GOOD), Position { generation: 1, ..at(1) }, None, NOW), Rewrite::Now);
+        assert_eq!(rewrite(Some(&GOOD), Position { serial: 2, ..at(1) }, None, NOW), Rewrite::Now);
     }
 
     #[test]
