@@ -171,7 +171,20 @@ pub fn invite(cluster: &Cluster) -> Result<Vec<String>> {
 /// # Errors
 /// If it is not built.
 pub fn join(cluster: &Cluster) -> Result<Vec<String>> {
-    line("tombolo", &["join", "-", "--cluster-dir", CLUSTER_DIR, "--reach", cluster.reach.as_str()])
+    let topology = if cluster.mesh { "mesh" } else { "gateway" };
+    line(
+        "tombolo",
+        &[
+            "join",
+            "-",
+            "--cluster-dir",
+            CLUSTER_DIR,
+            "--reach",
+            cluster.reach.as_str(),
+            "--topology",
+            topology,
+        ],
+    )
 }
 
 /// `tombolo revoke`.

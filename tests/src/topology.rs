@@ -97,6 +97,8 @@ pub struct Cluster {
     pub flat: bool,
     /// What others may reach here.
     pub reach: Reach,
+    /// Every node has tunnels to other clusters (`topology: mesh`), not gateways alone.
+    pub mesh: bool,
     /// Policy of the CNI's FORWARD chain.
     pub forward: Forward,
     /// The nodes.
@@ -277,10 +279,21 @@ struct ClusterFile {
     #[serde(default)]
     reach: Reach,
     #[serde(default)]
+    topology: Tunnels,
+    #[serde(default)]
     forward: Forward,
     nodes: Vec<NodeFile>,
     #[serde(default)]
     services: Vec<Service>,
+}
+
+/// As `tombolo join --topology` takes it.
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+enum Tunnels {
+    #[default]
+    Gateway,
+    Mesh,
 }
 
 #[derive(Deserialize)]
@@ -470,6 +483,7 @@ impl ClusterFile {
             router6: host6(lan6, 254),
             flat: self.flat,
             reach: self.reach,
+            mesh: matches!(self.topology, Tunnels::Mesh),
             forward: self.forward,
             nodes,
             services: self.services,

@@ -185,13 +185,15 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Clusters to which this node has tunnels of its own, all of them dead. Of a cluster without any nothing is known.
+/// Clusters to whose gateways this node has tunnels of its own, all of them dead. Of a cluster without any nothing is
+/// known, and a plain node of it (topology `mesh`) carries nothing for others.
 pub fn cannot_reach(
     devices: &BTreeMap<DeviceNumber, TunnelDevice>,
     dead: &BTreeSet<PeerId>,
 ) -> BTreeSet<ClusterId> {
     let mut lives: BTreeMap<&ClusterId, bool> = BTreeMap::new();
-    for (number, device) in devices.iter().filter(|(n, _)| n.family() == DeviceFamily::Out) {
+    let carries = |n: &DeviceNumber| n.family() == DeviceFamily::Out && n.rank().is_gateway();
+    for (number, device) in devices.iter().filter(|(n, _)| carries(n)) {
         for (key, peer) in &device.peers {
             *lives.entry(&peer.node.cluster).or_default() |= !dead.contains(&(*number, *key));
         }

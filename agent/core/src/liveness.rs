@@ -414,6 +414,11 @@ impl Liveness {
         self.all().filter(|(_, health)| *health == PeerHealth::Dead).map(|(id, _)| id).collect()
     }
 
+    /// Those that answer.
+    pub fn alive(&self) -> BTreeSet<PeerId> {
+        self.all().filter(|(_, health)| *health == PeerHealth::Alive).map(|(id, _)| id).collect()
+    }
+
     /// The two that answered last, and when.
     fn last_two(&self) -> [Option<(Duration, PeerId)>; 2] {
         let mut last = [None; 2];

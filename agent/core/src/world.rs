@@ -26,6 +26,19 @@ pub enum Reach {
     All,
 }
 
+/// Which nodes have tunnels to other clusters.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Topology {
+    /// Gateways alone.
+    #[default]
+    Gateway,
+    /// Every node, to every node of clusters that choose it too; over gateways where that does not carry.
+    Mesh,
+}
+
 /// Where ClusterSetIPs come from in a directory; local to the cluster. Kubernetes gives them itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct ClustersetRanges {
@@ -67,6 +80,8 @@ pub struct MemberNodes {
 pub struct Health {
     /// Peers of this node that answered once and do not now.
     pub dead: BTreeSet<PeerId>,
+    /// Peers of this node that answer: what is neither here nor in `dead` never has.
+    pub alive: BTreeSet<PeerId>,
     /// By own node that said something lately: clusters that it has no live tunnel to.
     pub unreachable: BTreeMap<NodeName, BTreeSet<ClusterId>>,
 }
@@ -126,6 +141,8 @@ pub struct ClusterWorld {
     pub own: trust::Member,
     /// See [`NodeWorld::clusterset`].
     pub clusterset: Option<ClustersetRanges>,
+    /// Which of its nodes others may talk to.
+    pub topology: Topology,
     /// Nodes.
     pub nodes: Known<BTreeMap<NodeName, Node>>,
     /// What nodes say of themselves.

@@ -61,9 +61,10 @@ pub async fn run(
         let cache = Cache::new(&config.state_dir);
         let memory = Memory::load(&config.state_dir);
         let (roster, rosters) = watch::channel(None);
-        let (dead, deaths) = watch::channel(memory.dead());
+        let known = memory.answers();
+        let (answers, heard) = watch::channel(known.clone());
         let (health, healths) =
-            watch::channel(Health { dead: memory.dead(), unreachable: Default::default() });
+            watch::channel(Health { dead: known.dead, alive: known.alive, unreachable: Default::default() });
         {
             // For reading alone: what it writes is not counted.
             let Options { devices, sockets, .. } = options(&config);
@@ -71,10 +72,10 @@ pub async fn run(
             let (rosters, driver, stop) = (rosters.clone(), driver.clone(), stop.clone());
             let (rosters2, driver2, stop2) = (rosters.clone(), driver.clone(), stop.clone());
             tasks.spawn(async move {
-                liveness::run(rosters, driver, memory, dead, stop).await.context("liveness")
+                liveness::run(rosters, driver, memory, answers, stop).await.context("liveness")
             });
             tasks.spawn(async move {
-                hello::run(rosters2, driver2, deaths, health, stop2).await.context("hellos")
+                hello::run(rosters2, driver2, heard, health, stop2).await.context("hellos")
             });
         }
         let node = node::Node {

@@ -19,7 +19,7 @@ use tombolo_agent_core::world::Health;
 use tombolo_proto::model::{DeviceNumber, Family};
 use tracing::debug;
 
-use super::liveness::{Roster, pair};
+use super::liveness::{Answers, Roster, pair};
 use crate::apply::device::TunnelDriver;
 
 /// Between readings of where peers are.
@@ -29,11 +29,11 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Hellos that wait to be read.
 const QUEUE: usize = 256;
 
-/// Runs until `stop`; `health` follows `dead` and what own gateways say.
+/// Runs until `stop`; `health` follows `answers` and what own gateways say.
 pub async fn run(
     mut roster: watch::Receiver<Option<Arc<Roster>>>,
     driver: Arc<dyn TunnelDriver>,
-    mut dead: watch::Receiver<BTreeSet<PeerId>>,
+    mut answers: watch::Receiver<Answers>,
     health: watch::Sender<Health>,
     stop: CancellationToken,
 ) -> Result<()> {
@@ -42,7 +42,7 @@ pub async fn run(
     let mut task: Option<Task> = None;
     let mut look = Instant::now();
     loop {
-        let now_dead = dead.borrow_and_update().clone();
+        let Answers { alive, dead } = answers.borrow_and_update().clone();
         let new = roster.borrow_and_update().clone();
         let mut wake = Instant::now() + LOOK;
         if let Some(new) = new {
@@ -53,7 +53,7 @@ pub async fn run(
                 look = Instant::now() + LOOK;
             }
             let now = task.start.elapsed();
-            task.hellos.handle_content(now, cannot_reach(&new.devices, &now_dead), new.positions.clone());
+            task.hellos.handle_content(now, cannot_reach(&new.devices, &dead), new.positions.clone());
             task.say(&sockets);
             let timeout = task.hellos.poll_timeout(task.start.elapsed()).map(|at| task.start + at);
             wake = timeout.into_iter().fold(look, Instant::min);
@@ -62,7 +62,7 @@ pub async fn run(
             }
         }
         let unreachable = task.as_ref().map(|t| t.hellos.unreachable(t.start.elapsed())).unwrap_or_default();
-        let value = Health { dead: now_dead, unreachable };
+        let value = Health { dead, alive, unreachable };
         health.send_if_modified(|old| {
             let differs = *old != value;
             *old = value;
@@ -70,7 +70,7 @@ pub async fn run(
         });
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
-            changed = dead.changed() => if changed.is_err() { return Ok(()) },
+            changed = answers.changed() => if changed.is_err() { return Ok(()) },
             changed = roster.changed() => if changed.is_err() { return Ok(()) },
             Some(datagram) = heard.recv() => {
                 if let Some(task) = &mut task {

@@ -66,6 +66,15 @@ pub(super) fn pair(device: &TunnelDevice, peer: &Peer) -> Option<(IpAddr, IpAddr
     })
 }
 
+/// Peers of which something is known.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Answers {
+    /// They answer.
+    pub alive: BTreeSet<PeerId>,
+    /// They answered once, and do not now.
+    pub dead: BTreeSet<PeerId>,
+}
+
 /// What was known of peers before this process, kept over restarts: after one a dead peer must not get traffic again.
 pub struct Memory {
     path: PathBuf,
@@ -85,9 +94,10 @@ impl Memory {
         Self { path, known }
     }
 
-    /// The dead ones.
-    pub fn dead(&self) -> BTreeSet<PeerId> {
-        self.known.iter().filter(|(_, h)| **h == PeerHealth::Dead).map(|(id, _)| *id).collect()
+    /// Who answered last, and who did not.
+    pub fn answers(&self) -> Answers {
+        let of = |wanted| self.known.iter().filter(|(_, h)| **h == wanted).map(|(id, _)| *id).collect();
+        Answers { alive: of(PeerHealth::Alive), dead: of(PeerHealth::Dead) }
     }
 
     fn keep(&mut self, known: BTreeMap<PeerId, PeerHealth>) {
@@ -130,12 +140,12 @@ fn links(text: &str) -> BTreeMap<DeviceNumber, Link> {
     text.lines().filter_map(line).collect()
 }
 
-/// Runs until `stop`; `dead` follows what is known.
+/// Runs until `stop`; `answers` follows what is known.
 pub async fn run(
     mut roster: watch::Receiver<Option<Arc<Roster>>>,
     driver: Arc<dyn TunnelDriver>,
     memory: Memory,
-    dead: watch::Sender<BTreeSet<PeerId>>,
+    answers: watch::Sender<Answers>,
     stop: CancellationToken,
 ) -> Result<()> {
     let mut task = Task {
@@ -162,7 +172,7 @@ pub async fn run(
             look = Instant::now() + if task.active.elapsed() > IDLE { LOOK_IDLE } else { LOOK };
         }
         task.ask();
-        task.tell(&dead);
+        task.tell(&answers);
         let now = task.start.elapsed();
         let poll = task.liveness.poll_timeout(now).map(|at| task.start + at);
         let wake = poll.map_or(look, |poll| poll.min(look));
@@ -273,31 +283,24 @@ impl Task {
         }
     }
 
-    fn tell(&mut self, dead: &watch::Sender<BTreeSet<PeerId>>) {
+    fn tell(&mut self, answers: &watch::Sender<Answers>) {
         let Some((roster, _)) = &self.roster else { return };
-        let now = self.liveness.dead();
-        let before = dead.borrow().clone();
+        let now = Answers { alive: self.liveness.alive(), dead: self.liveness.dead() };
+        let before = answers.borrow().clone();
         if now == before {
-            if self
-                .liveness
-                .all()
-                .any(|(id, h)| h == PeerHealth::Alive && !self.memory.known.contains_key(&id))
-            {
-                self.remember();
-            }
             return;
         }
         let name = |id: &PeerId| {
             let peer = roster.devices.get(&id.0).and_then(|device| device.peers.get(&id.1));
             peer.map_or_else(|| "a former peer".to_owned(), |peer| peer.node.to_string())
         };
-        for id in now.difference(&before) {
+        for id in now.dead.difference(&before.dead) {
             warn!(device = %id.0, "{} does not answer any more; routes avoid it", name(id));
         }
-        for id in before.difference(&now) {
+        for id in before.dead.difference(&now.dead) {
             info!(device = %id.0, "{} answers again", name(id));
         }
-        dead.send_replace(now);
+        answers.send_replace(now);
         self.remember();
     }
 
@@ -461,10 +464,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let id = (DeviceNumber::new(1).unwrap(), WireguardKey([1; 32]));
         let mut memory = Memory::load(dir.path());
-        assert!(memory.dead().is_empty());
+        assert_eq!(memory.answers(), Answers::default());
         memory.keep(BTreeMap::from([(id, PeerHealth::Dead)]));
-        assert_eq!(Memory::load(dir.path()).dead(), BTreeSet::from([id]));
+        assert_eq!(
+            Memory::load(dir.path()).answers(),
+            Answers { alive: BTreeSet::new(), dead: BTreeSet::from([id]) }
+        );
         std::fs::write(dir.path().join("health.json"), "nonsense").unwrap();
-        assert!(Memory::load(dir.path()).dead().is_empty());
+        assert_eq!(Memory::load(dir.path()).answers(), Answers::default());
     }
 }

@@ -1,6 +1,6 @@
 //! What a cluster does to become a member: `key` and `join`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -13,7 +13,7 @@ use serde::Serialize;
 use tombolo_agent::api::directory::Directory;
 use tombolo_agent::api::{ClusterApi as _, ClusterSet, Error, Member, Versioned};
 use tombolo_agent_core::known::Known;
-use tombolo_agent_core::world::{ClustersetRanges, Reach};
+use tombolo_agent_core::world::{ClustersetRanges, Reach, Topology};
 use tombolo_proto::model::Prefix;
 use tombolo_proto::trust::{Grant, Invitation, Membership, RootChain, SigningKey, Verified};
 use tombolo_proto::wire::decode_grant;
@@ -57,6 +57,7 @@ struct Joined {
     tunnel: Vec<String>,
     namespaces: Vec<String>,
     reach: Reach,
+    topology: Topology,
     clusterset: ClustersetRanges,
     brokers: Vec<String>,
     directory: String,
@@ -127,7 +128,7 @@ pub(super) fn join(printer: &Printer, args: &Join) -> Result<()> {
     let joined = Joined::of(&joining.set, &invitation, &directory, true);
     printer.print("Membership", &joined, |_| {
         format!(
-            "{dir} is now cluster {} of set {} ({}): grant {}, pods {}, tunnel addresses {}, reach {}.\n\n\
+            "{dir} is now cluster {} of set {} ({}): grant {}, pods {}, tunnel addresses {}, reach {}, topology {}.\n\n\
              On each of its nodes, which share that directory:\n  tombolo-wireguard serve\n  \
              tombolo-agent --cluster-dir {dir}\n\n\
              Describe nodes, namespaces and services in {dir}/manifests/, then:\n  \
@@ -139,6 +140,7 @@ pub(super) fn join(printer: &Printer, args: &Join) -> Result<()> {
             joined.pod_cidrs.join(", "),
             joined.tunnel.join(", "),
             word(joined.reach),
+            topology(joined.topology),
             dir = joined.directory,
         )
     })
@@ -172,8 +174,10 @@ impl Joining {
             brokers: Some(invitation.brokers.envelope().clone()),
             revocations: None,
             reach: args.reach.unwrap_or_default(),
+            topology: args.topology.unwrap_or_default(),
             clusterset,
             reserved,
+            rotations: BTreeMap::new(),
         };
         Ok(Self { set, roots: invitation.roots.clone() })
     }
@@ -281,7 +285,11 @@ fn same(
             joined.set_name,
             joined.serial,
             if changed {
-                format!("its settings were changed: reach {}, ClusterSetIPs {ranges}", word(joined.reach))
+                format!(
+                    "its settings were changed: reach {}, topology {}, ClusterSetIPs {ranges}",
+                    word(joined.reach),
+                    topology(joined.topology)
+                )
             } else {
                 "nothing was changed".to_owned()
             }
@@ -302,6 +310,9 @@ fn apply_settings(set: &mut ClusterSet, directory: &Directory, args: &Join) -> R
     }
     if let Some(reach) = args.reach {
         set.reach = reach;
+    }
+    if let Some(topology) = args.topology {
+        set.topology = topology;
     }
     set.reserved.extend(&args.reserve);
     Ok(())
@@ -370,6 +381,7 @@ impl Joined {
             tunnel: text(&grant.tunnel),
             namespaces: grant.namespaces.iter().map(ToString::to_string).collect(),
             reach: set.reach,
+            topology: set.topology,
             clusterset: set.clusterset,
             brokers: invitation.brokers.brokers.iter().map(|b| b.address.clone()).collect(),
             directory: directory.root().display().to_string(),
@@ -399,6 +411,13 @@ fn read_token(argument: &str) -> Result<Zeroizing<String>> {
 fn time(seconds: u64) -> String {
     let time = i64::try_from(seconds).ok().and_then(|s| Timestamp::from_second(s).ok());
     time.map_or_else(|| seconds.to_string(), |t| t.to_string())
+}
+
+fn topology(topology: Topology) -> &'static str {
+    match topology {
+        Topology::Gateway => "gateway",
+        Topology::Mesh => "mesh",
+    }
 }
 
 fn word(reach: Reach) -> &'static str {

@@ -123,10 +123,14 @@ pub fn reaches(
     let mut any = false;
     for (&number, device) in devices {
         for (key, peer) in &device.peers {
-            let alive = !world.health.dead.contains(&(number, *key));
+            // A meshed node's way counts once it has proved itself; a gateway's until it is known to be dead.
+            let meshed = number.family() == DeviceFamily::Out && !(gateway && number.rank().is_gateway());
+            let id = (number, *key);
+            let alive =
+                if meshed { world.health.alive.contains(&id) } else { !world.health.dead.contains(&id) };
             match number.family() {
                 DeviceFamily::Out if peer.node.cluster == *cluster => {
-                    any = true;
+                    any |= alive || !meshed;
                     if alive {
                         return true;
                     }

@@ -9,7 +9,7 @@ use super::findings::Findings;
 use super::rank;
 use super::roster::{self, hosts, is_host};
 use crate::object::{Node, TunnelNode};
-use crate::world::ClusterWorld;
+use crate::world::{ClusterWorld, Topology};
 
 /// Plans the own Endpoint records: nodes that both the API and their agent know. None while inputs are unknown.
 pub(crate) fn endpoints(
@@ -53,6 +53,17 @@ pub(crate) fn endpoints(
     for (name, prefixes) in prefixes {
         if let Some(endpoint) = endpoints.get_mut(&name) {
             endpoint.prefixes = prefixes;
+            endpoint.mesh = world.topology == Topology::Mesh && !endpoint.prefixes.is_empty();
+            let count = endpoint.prefixes.len();
+            if endpoint.mesh && count > roster::MESH_PREFIXES {
+                endpoint.mesh = false;
+                let text = format!(
+                    "has {count} prefixes, and {} at most are told to nodes of other clusters; it is reached over \
+                     gateways",
+                    roster::MESH_PREFIXES
+                );
+                findings.warning("MeshPrefixesTooMany", format!("node {}/{name}", world.cluster), text);
+            }
         }
     }
     Some(endpoints)

@@ -65,15 +65,19 @@ pub(crate) fn devices(
         }
         devices.add(DeviceFamily::In, &world.cluster, name, station, allowed, findings);
     }
-    if me.endpoint.rank.is_gateway() {
-        // In the order in which they were admitted: a key that two state is the first one's.
-        let mut others: Vec<_> = members.iter().filter(|(id, _)| **id != world.cluster).collect();
-        others.sort_by_key(|(id, member)| (member.serial, *id));
-        for (cluster, member) in others {
-            let Some(stations) = stations.get(cluster) else { continue };
-            for (&name, station) in stations.iter().filter(|(_, s)| s.endpoint.rank.is_gateway()) {
-                devices.add(DeviceFamily::Out, cluster, name, station, ranges(member), findings);
+    // In the order in which they were admitted: a key that two state is the first one's.
+    let mut others: Vec<_> = members.iter().filter(|(id, _)| **id != world.cluster).collect();
+    others.sort_by_key(|(id, member)| (member.serial, *id));
+    for (cluster, member) in others {
+        for (&name, station) in stations.get(cluster).into_iter().flatten() {
+            let gateway = station.endpoint.rank.is_gateway();
+            if !station.direct && !(gateway && me.endpoint.rank.is_gateway()) {
+                continue;
             }
+            // A gateway speaks for its whole cluster, to a plain node too: what it carries on for a node whose own way
+            // is cut must not be dropped. It is the one peer of its cluster and rank.
+            let allowed = if gateway { ranges(member) } else { station.ranges().collect() };
+            devices.add(DeviceFamily::Out, cluster, name, station, allowed, findings);
         }
     }
     devices.map

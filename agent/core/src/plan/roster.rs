@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use tombolo_proto::model::{ClusterId, Endpoint, NodeName, Prefix, Rank};
 
 use super::findings::Findings;
-use crate::world::MemberNodes;
+use crate::world::{MemberNodes, NodeWorld};
 
 /// What is left of a node's claims.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -18,11 +18,18 @@ pub(crate) struct Claim {
     pub(crate) prefixes: BTreeSet<Prefix>,
 }
 
+/// Nodes of other clusters that one node talks to directly (topology `mesh`), at most, in all.
+pub(crate) const MESH_NODES: usize = 500;
+/// Prefixes of such a node, at most.
+pub(crate) const MESH_PREFIXES: usize = 8;
+
 /// A node with what is left of its claims.
 #[derive(Debug)]
 pub(crate) struct Station<'a> {
     pub(crate) endpoint: &'a Endpoint,
     pub(crate) claim: Claim,
+    /// Of another cluster, and this node talks to it directly whatever their ranks: both are meshed.
+    pub(crate) direct: bool,
 }
 
 impl Station<'_> {
@@ -36,12 +43,57 @@ impl Station<'_> {
 /// The nodes of a cluster that count. Of two gateways of one rank only the lower name does.
 pub(crate) type Stations<'a> = BTreeMap<&'a NodeName, Station<'a>>;
 
-/// Judges what a cluster says of its nodes. Of another cluster only gateways count (the topology `mesh` is not built
-/// yet), so that it cannot make every node here judge thousands.
+/// Judges what all clusters say of their nodes. Of other clusters gateways count, and under the topology `mesh` plain
+/// nodes too, as long as there are few: nobody can make every node here judge thousands. Who was admitted first is
+/// meshed first.
 pub(crate) fn stations<'a>(
+    world: &NodeWorld,
+    members: &'a BTreeMap<ClusterId, MemberNodes>,
+    findings: &mut Findings,
+) -> BTreeMap<&'a ClusterId, Stations<'a>> {
+    let me = members.get(&world.cluster).and_then(|own| own.nodes.get(&world.node));
+    let meshed = me.is_some_and(is_meshed);
+    let mut room = MESH_NODES;
+    let mut order: Vec<_> = members.iter().collect();
+    order.sort_by_key(|(id, member)| (member.serial, *id));
+    let mut stations = BTreeMap::new();
+    for (cluster, member) in order {
+        let mut direct = meshed && *cluster != world.cluster;
+        if direct {
+            let nodes = member.nodes.values();
+            let many = nodes.clone().filter(|e| e.mesh && !is_meshed(e)).count();
+            if many > 0 {
+                let text = format!(
+                    "{many} of its nodes state more than {MESH_PREFIXES} prefixes; they are reached over gateways"
+                );
+                findings.warning("MeshPrefixesTooMany", format!("cluster {cluster}"), text);
+            }
+            let count = nodes.filter(|e| is_meshed(e)).count();
+            if let Some(left) = room.checked_sub(count) {
+                room = left;
+            } else {
+                let text = format!(
+                    "it states {count} nodes to talk to directly; {room} of {MESH_NODES} are left here, so that all of \
+                     it is reached over gateways. Choose topology gateway for clusters of this size"
+                );
+                findings.warning("MeshTooLarge", format!("cluster {cluster}"), text);
+                direct = false;
+            }
+        }
+        stations.insert(cluster, of_cluster(&world.cluster, cluster, member, direct, findings));
+    }
+    stations
+}
+
+fn is_meshed(endpoint: &Endpoint) -> bool {
+    endpoint.mesh && endpoint.prefixes.len() <= MESH_PREFIXES
+}
+
+fn of_cluster<'a>(
     us: &ClusterId,
     cluster: &ClusterId,
     member: &'a MemberNodes,
+    direct: bool,
     findings: &mut Findings,
 ) -> Stations<'a> {
     let mut ranks: BTreeMap<Rank, &NodeName> = BTreeMap::new();
@@ -57,7 +109,7 @@ pub(crate) fn stations<'a>(
                 continue;
             }
             ranks.insert(endpoint.rank, name);
-        } else if cluster != us {
+        } else if cluster != us && !(direct && is_meshed(endpoint)) {
             continue;
         }
         count.insert(name, endpoint);
@@ -66,7 +118,7 @@ pub(crate) fn stations<'a>(
         claims(cluster, &member.owned, &member.tunnel, count.iter().map(|(n, e)| (*n, *e)), findings);
     let station = |(name, endpoint)| {
         let claim = claims.remove(name).unwrap_or_default();
-        (name, Station { endpoint, claim })
+        (name, Station { endpoint, claim, direct: direct && is_meshed(endpoint) })
     };
     count.into_iter().map(station).collect()
 }

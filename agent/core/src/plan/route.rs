@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use tombolo_proto::model::{ClusterId, DeviceFamily, DeviceNumber, Family, Prefix};
+use tombolo_proto::model::{ClusterId, DeviceFamily, DeviceNumber, Family, Lane, Prefix};
 
 use super::findings::Findings;
 use super::roster::Stations;
@@ -29,6 +29,7 @@ pub(crate) fn routes(
         Route { table: TABLE_OUT, prefix, via, source }
     };
     let mut routes = BTreeSet::new();
+    let mut direct = direct(world, stations, devices);
 
     for (cluster, member) in members.iter().filter(|(id, _)| **id != world.cluster) {
         for &prefix in member.owned.union(&member.tunnel) {
@@ -38,24 +39,35 @@ pub(crate) fn routes(
             if let Some(trouble) = slots.trouble {
                 findings.warning("NoLiveTunnel", format!("cluster {cluster}"), trouble);
             }
-            if !slots.devices.is_empty() {
-                routes.insert(out(prefix, Via::Devices(slots.devices)));
+            // A node may have all that its cluster has.
+            let slots = direct.remove(&prefix).map_or(slots.devices, |number| BTreeSet::from([number]));
+            if !slots.is_empty() {
+                routes.insert(out(prefix, Via::Devices(slots)));
             }
             routes.insert(out(prefix, Via::Unreachable));
         }
     }
+    routes.extend(direct.into_iter().map(|(prefix, number)| out(prefix, Via::Devices([number].into()))));
     // A foreign gateway itself is reached by its own tunnel while that lives: echoes and their answers then tell of this
-    // one path, whatever becomes of the others.
+    // one path, whatever becomes of the others. A meshed node is, once its path has proved itself.
+    let granted = |prefix: &Prefix| {
+        members
+            .iter()
+            .any(|(id, m)| *id != world.cluster && (m.owned.contains(prefix) || m.tunnel.contains(prefix)))
+    };
     for (&number, device) in devices.iter().filter(|(n, _)| n.family() == DeviceFamily::Out) {
         for (key, peer) in &device.peers {
+            let id = (number, *key);
             let v4 = peer.tunnel.iter().any(IpAddr::is_ipv4);
-            let dead = world.health.dead.contains(&(number, *key));
+            let carries = if gateway && number.rank().is_gateway() {
+                !world.health.dead.contains(&id)
+            } else {
+                world.health.alive.contains(&id)
+            };
             // Bound to a device, IPv4 goes out there without a route; IPv6 does not, and who is only there must be asked.
-            let direct = peer.tunnel.iter().filter(|a| !dead || (a.is_ipv6() && !v4));
-            for prefix in direct.filter_map(|a| Prefix::host(*a).ok()) {
-                if !peer.allowed.contains(&prefix) {
-                    routes.insert(out(prefix, Via::Devices(BTreeSet::from([number]))));
-                }
+            let asked = peer.tunnel.iter().filter(|a| carries || (a.is_ipv6() && !v4));
+            for prefix in asked.filter_map(|a| Prefix::host(*a).ok()).filter(|prefix| !granted(prefix)) {
+                routes.insert(out(prefix, Via::Devices(BTreeSet::from([number]))));
             }
         }
     }
@@ -77,11 +89,35 @@ pub(crate) fn routes(
     routes
 }
 
+/// What meshed nodes of other clusters have, by the device that leads to them: those whose path has proved itself. Unlike
+/// a gateway's, a path that never answered is not used: firewalls often let gateways through alone.
+fn direct(
+    world: &NodeWorld,
+    stations: &BTreeMap<&ClusterId, Stations<'_>>,
+    devices: &BTreeMap<DeviceNumber, TunnelDevice>,
+) -> BTreeMap<Prefix, DeviceNumber> {
+    let mut direct = BTreeMap::new();
+    let me = stations.get(&world.cluster).and_then(|own| own.get(&world.node));
+    let Some(me) = me else { return direct };
+    for station in stations.values().flat_map(BTreeMap::values).filter(|station| station.direct) {
+        let number = DeviceNumber::of(DeviceFamily::Out, station.endpoint.rank, Lane::FIRST);
+        let theirs = DeviceNumber::of(DeviceFamily::Out, me.endpoint.rank, Lane::FIRST);
+        let Some(key) = station.endpoint.devices.get(&theirs).map(|device| device.key) else { continue };
+        let there = devices.get(&number).is_some_and(|device| device.peers.contains_key(&key));
+        if there && world.health.alive.contains(&(number, key)) {
+            direct.extend(station.ranges().map(|prefix| (prefix, number)));
+        }
+    }
+    direct
+}
+
 /// A device with the peer that carries a prefix.
 struct Way<'a> {
     number: DeviceNumber,
     peer: &'a Peer,
     alive: bool,
+    /// It answers.
+    proved: bool,
     /// Clusters that this own gateway cannot reach, if it said anything lately.
     told: Option<&'a BTreeSet<ClusterId>>,
 }
@@ -101,12 +137,21 @@ impl<'a> Way<'a> {
     ) -> Option<Self> {
         let (key, peer) = device.peers.iter().find(|(_, p)| p.allowed.contains(&prefix))?;
         let told = match number.family() {
+            // A plain node has what it has; the rest of its cluster is not behind it.
+            DeviceFamily::Out if !number.rank().is_gateway() => return None,
             DeviceFamily::Out => None,
             // A plain node carries nothing for others.
             DeviceFamily::In if !number.rank().is_gateway() => return None,
             DeviceFamily::In => health.unreachable.get(&peer.node.node),
         };
-        Some(Self { number, peer, alive: !health.dead.contains(&(number, *key)), told })
+        let id = (number, *key);
+        Some(Self {
+            number,
+            peer,
+            alive: !health.dead.contains(&id),
+            proved: health.alive.contains(&id),
+            told,
+        })
     }
 
     fn slots(ways: &[Self], wanted: impl Fn(&Self) -> bool) -> BTreeSet<DeviceNumber> {
@@ -135,7 +180,8 @@ impl<'a> Way<'a> {
         Slots { devices: others, trouble: Some(text) }
     }
 
-    /// A plain node uses the own gateways that live and do not say that they cannot reach the cluster.
+    /// A plain node uses the own gateways that live and do not say that they cannot reach the cluster; if there is none
+    /// and it is meshed, the gateways at the other end.
     fn of_node(ways: &[Self], cluster: &ClusterId) -> Slots {
         let own = |way: &Self| way.number.family() == DeviceFamily::In;
         let refuses = |way: &Self| way.told.is_some_and(|told| told.contains(cluster));
@@ -143,6 +189,10 @@ impl<'a> Way<'a> {
         let all = Self::slots(ways, own);
         if !best.is_empty() || all.is_empty() {
             return Slots { devices: best, trouble: None };
+        }
+        let theirs = Self::slots(ways, |way| !own(way) && way.proved);
+        if !theirs.is_empty() {
+            return Slots { devices: theirs, trouble: None };
         }
         let live = Self::slots(ways, |way| own(way) && way.alive);
         if live.is_empty() {

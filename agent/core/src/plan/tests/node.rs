@@ -61,7 +61,7 @@ pub(super) fn number(n: u8) -> DeviceNumber {
     DeviceNumber::new(n).unwrap()
 }
 
-fn devices(desired: &NodeDesired) -> &BTreeMap<DeviceNumber, TunnelDevice> {
+pub(super) fn devices(desired: &NodeDesired) -> &BTreeMap<DeviceNumber, TunnelDevice> {
     desired.devices.get().unwrap()
 }
 
@@ -77,7 +77,7 @@ fn table(desired: &NodeDesired) -> BTreeMap<u8, Vec<(String, BTreeSet<Prefix>)>>
     devices(desired).iter().map(|(n, d)| (n.get(), peers(d))).collect()
 }
 
-fn slots(desired: &NodeDesired, prefix: &str) -> Option<Vec<u8>> {
+pub(super) fn slots(desired: &NodeDesired, prefix: &str) -> Option<Vec<u8>> {
     let wanted = net(prefix);
     desired.routes.get()?.iter().find_map(|r| match &r.via {
         Via::Devices(d) if r.prefix == wanted && r.table == TABLE_OUT => {
@@ -386,8 +386,9 @@ fn any_endpoint() -> impl Strategy<Value = Endpoint> {
         prop::option::of(tunnel.clone()),
         prop::option::of(tunnel),
         prop::collection::btree_set(prefixes(), 1..6),
+        any::<bool>(),
     )
-        .prop_map(|(rank, devices, candidates, v4, v6, prefixes)| Endpoint {
+        .prop_map(|(rank, devices, candidates, v4, v6, prefixes, mesh)| Endpoint {
             node: node("x"),
             rank: Rank::new(rank).unwrap(),
             devices: (0..8)
@@ -399,7 +400,7 @@ fn any_endpoint() -> impl Strategy<Value = Endpoint> {
             tunnel_v4: v4.map(|(c, h)| format!("198.18.{c}.{h}").parse().unwrap()),
             tunnel_v6: v6.map(|(c, h)| format!("fd00:18:{c}::{h}").parse().unwrap()),
             prefixes,
-            mesh: false,
+            mesh,
         })
 }
 
@@ -475,8 +476,10 @@ fn any_world() -> impl Strategy<Value = NodeWorld> {
             };
             let (desired, _) = plan(&world);
             let peers = devices(&desired).iter().flat_map(|(n, d)| d.peers.keys().map(|key| (*n, *key)));
-            world.health.dead =
-                peers.enumerate().filter(|(i, _)| dead >> (i % 16) & 1 == 1).map(|(_, p)| p).collect();
+            let (gone, here): (Vec<_>, Vec<_>) =
+                peers.enumerate().partition(|(i, _)| dead >> (i % 16) & 1 == 1);
+            world.health.dead = gone.into_iter().map(|(_, p)| p).collect();
+            world.health.alive = here.into_iter().filter(|(i, _)| i % 3 > 0).map(|(_, p)| p).collect();
             let told = (0..5).filter(|i| dead >> (i + 8) & 1 == 1);
             world.health.unreachable = told
                 .map(|i| {
@@ -535,7 +538,11 @@ proptest! {
                 prop_assert_eq!(stated.rank, number.rank());
                 for p in &peer.allowed {
                     match number.family() {
-                        DeviceFamily::Out => prop_assert!(foreign.contains(p)),
+                        DeviceFamily::Out if number.rank().is_gateway() => prop_assert!(foreign.contains(p)),
+                        DeviceFamily::Out => {
+                            // Whoever copied a key has added what is its own.
+                            prop_assert!(stated.mesh && me.is_some_and(|me| me.mesh) && within(&foreign, p));
+                        }
                         DeviceFamily::In if number.rank().is_gateway() => {
                             prop_assert!(within(&own, p) || foreign.contains(p));
                         }
@@ -579,15 +586,15 @@ proptest! {
 
     /// Both ends compute the same pairs, each alone.
     #[test]
-    fn pairs_agree(ranks in prop::collection::vec((0_usize..3, 0_u8..4), 1..10)) {
+    fn pairs_agree(ranks in prop::collection::vec((0_usize..3, 0_u8..4, any::<bool>()), 1..10)) {
         let names = ["as", "eu", "us"];
         let mut members: BTreeMap<ClusterId, MemberNodes> = (0..3_u8)
             .map(|i| (id(names[usize::from(i)]), MemberNodes { serial: i.into(), owned: owned(i), tunnel: tunnel(i), nodes: BTreeMap::new() }))
             .collect();
-        for (host, (cluster, rank)) in ranks.into_iter().enumerate() {
+        for (host, (cluster, rank, mesh)) in ranks.into_iter().enumerate() {
             let host = u8::try_from(host).unwrap() + 1;
             let name = format!("n{host}");
-            let endpoint = endpoint(u8::try_from(cluster).unwrap(), host, &name, rank);
+            let endpoint = Endpoint { mesh, ..endpoint(u8::try_from(cluster).unwrap(), host, &name, rank) };
             members.get_mut(&id(names[cluster])).unwrap().nodes.insert(node(&name), endpoint);
         }
         // (who, own device's key) talks to (who, that one's key).
