@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tombolo_agent_core::known::Known;
 use tombolo_agent_core::object::Node;
 use tombolo_proto::model::NodeName;
+use tracing::{info, warn};
 
 use super::kind::{self, Problem, cluster_set, member, multicluster, slice, typed};
 use super::{Error, Observed};
@@ -26,12 +27,14 @@ const MAX_BYTES: u64 = 256 * 1024 * 1024;
 pub struct Cache {
     path: PathBuf,
     last: Option<Observed>,
+    /// Why the last save failed, until one does not.
+    failed: Option<String>,
 }
 
 impl Cache {
     /// The cache in a state directory; nothing is read yet.
     pub fn new(state_dir: &Path) -> Self {
-        Self { path: state_dir.join(FILE), last: None }
+        Self { path: state_dir.join(FILE), last: None, failed: None }
     }
 
     /// What was saved last: an [`Observed`] that knows only the cached kinds. None if nothing was saved.
@@ -55,6 +58,28 @@ impl Cache {
         let observed = decode(&value).map_err(|problem| damaged(problem.message))?;
         self.last = Some(observed.clone());
         Ok(Some(observed))
+    }
+
+    /// As [`Self::save`], but tells by itself when saving begins to fail and when it works again. True if it tried.
+    pub fn keep(&mut self, observed: &Observed) -> bool {
+        match self.save(observed) {
+            Ok(wrote) => {
+                if wrote && self.failed.take().is_some() {
+                    info!("what was verified is kept again for a start without the cluster's API");
+                }
+                wrote
+            }
+            Err(error) => {
+                let text = error.to_string();
+                if self.failed.as_ref() != Some(&text) {
+                    warn!(
+                        "what was verified cannot be kept for a start without the cluster's API: {text}; trying again"
+                    );
+                    self.failed = Some(text);
+                }
+                true
+            }
+        }
     }
 
     /// Saves what changed since the last time; true if it wrote. Does nothing while one of the kinds is unknown.

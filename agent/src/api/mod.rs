@@ -144,14 +144,14 @@ pub enum Error {
         message: String,
     },
     /// The system refused.
-    #[error("cannot {action} {path}")]
+    #[error("cannot {action} {path}: {cause}")]
     Io {
         /// What was tried.
         action: &'static str,
         /// On what.
         path: PathBuf,
-        /// Why it failed.
-        source: std::io::Error,
+        /// Why it failed. (Told by the error itself, since most who log it show no chain.)
+        cause: std::io::Error,
     },
     /// The work was cut off, since this process ends.
     #[error("the agent is ending")]
@@ -161,6 +161,6 @@ pub enum Error {
 impl Error {
     fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io { action, path, source }
+        move |cause| Self::Io { action, path, cause }
     }
 }

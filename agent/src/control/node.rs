@@ -186,10 +186,7 @@ impl Node {
     /// Keeps what was verified for a start without the API. True if something was written.
     fn keep(&mut self, verifier: &Verifier, observed: &Observed) -> bool {
         let Some(good) = verifier.good(observed) else { return false };
-        self.cache.save(&good).unwrap_or_else(|error| {
-            warn!("what was verified cannot be kept for a start without the cluster's API: {error}");
-            true
-        })
+        self.cache.keep(&good)
     }
 
     /// Whether a peer does not answer, and there is somewhere else to look for it.
