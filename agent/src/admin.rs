@@ -17,6 +17,7 @@ use tombolo_agent_core::finding::Finding;
 use tombolo_agent_core::world::NodeWorld;
 
 use crate::metrics::Metrics;
+use crate::tell::{Part, Teller};
 
 /// A world and what was made of it.
 pub struct Planned {
@@ -38,19 +39,37 @@ pub struct Shown {
     pub planned: ArcSwapOption<Planned>,
     /// Counters.
     pub metrics: Metrics,
+    teller: Teller,
 }
 
 impl Shown {
     /// Nothing known yet: not ready.
     pub fn new() -> Arc<Self> {
         let starting = BTreeMap::from([("start", Some("starting".to_owned()))]);
+        let metrics = Metrics::new();
         Arc::new(Self {
+            teller: Teller::new(metrics.findings.clone()),
             ready: ArcSwap::from_pointee(starting),
             node_findings: ArcSwap::default(),
             cluster_findings: ArcSwap::default(),
             planned: ArcSwapOption::empty(),
-            metrics: Metrics::new(),
+            metrics,
         })
+    }
+
+    /// Replaces what one part of the agent finds: shown, counted, and what is new logged, in bounds.
+    pub fn tell(&self, part: Part, findings: Vec<Finding>) {
+        let all = self.teller.tell(part, findings);
+        match part {
+            Part::Node => self.node_findings.store(all),
+            Part::Voice | Part::Services => self.cluster_findings.store(all),
+        }
+    }
+
+    /// Ends what the controller found, since it leads no more.
+    pub fn leads_no_more(&self) {
+        self.tell(Part::Voice, Vec::new());
+        self.tell(Part::Services, Vec::new());
     }
 
     /// Sets one readiness check.

@@ -10,3 +10,4 @@ pub mod dns;
 pub mod hold;
 pub mod metrics;
 pub mod observe;
+pub mod tell;

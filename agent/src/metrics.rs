@@ -11,11 +11,13 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-/// Label `reason`.
+/// Labels `reason` and `by`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct ReasonLabel {
+pub struct FindingLabel {
     /// Of a fixed list.
-    pub reason: String,
+    pub reason: &'static str,
+    /// `node` or `controller`.
+    pub by: &'static str,
 }
 
 /// Label `broker`.
@@ -44,8 +46,8 @@ pub struct Metrics {
     pub reconcile_seconds: Histogram,
     /// Writes to the kernel: netlink, nft, devices.
     pub kernel_writes: Counter,
-    /// Findings now, by reason.
-    pub findings: Family<ReasonLabel, Gauge>,
+    /// Findings now, by reason and by who found it.
+    pub findings: Family<FindingLabel, Gauge>,
     /// Whether this agent leads its cluster.
     pub leader: Gauge,
     /// Statements signed.

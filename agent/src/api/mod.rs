@@ -9,7 +9,7 @@ pub mod directory;
 pub mod kind;
 mod observed;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -35,6 +35,20 @@ pub trait ClusterApi: Send + Sync {
 
     /// Makes the imported EndpointSlices so. Only the leader calls it.
     async fn apply_slices(&self, desired: &Objects<SliceKey, Slice>) -> Result<Applied, Error>;
+
+    /// Writes some ServiceImports and removes others, and leaves all that are not named. Only the leader calls it.
+    async fn write_imports(
+        &self,
+        set: BTreeMap<ServiceKey, Import>,
+        gone: BTreeSet<ServiceKey>,
+    ) -> Result<Applied, Error>;
+
+    /// The same for imported EndpointSlices.
+    async fn write_slices(
+        &self,
+        set: BTreeMap<SliceKey, Slice>,
+        gone: BTreeSet<SliceKey>,
+    ) -> Result<Applied, Error>;
 
     /// Writes the statuses of the users' ServiceExports. `now`: unix seconds, for the times of conditions that
     /// changed. Exports that are gone are passed over. Only the leader calls it.

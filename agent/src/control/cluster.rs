@@ -5,12 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tombolo_agent_core::desired::ClusterDesired;
 use tombolo_agent_core::finding::{Finding, Severity};
-use tombolo_agent_core::known::{Known, Objects, Section};
-use tombolo_agent_core::object::{Import, ServiceKey, SliceKey};
-use tombolo_agent_core::plan;
+use tombolo_agent_core::known::{Known, Objects};
+use tombolo_agent_core::plan::piece::{self, OwnPlan};
 use tombolo_agent_core::speak::{Turn, Voice};
 use tombolo_agent_core::world::ClusterWorld;
 use tombolo_proto::model::{ClusterId, Endpoint, NodeName, Position, Prefix, Record, Scope};
@@ -18,14 +17,21 @@ use tombolo_proto::trust::SigningKey;
 use tombolo_replica::{Interest, LocalOrigin, OriginState};
 use tracing::{info, warn};
 
+use self::desk::Said;
+use self::hands::Hands;
 use super::keep::{self, Keeper, Writes};
 use super::lead::Fence;
 use super::session::{self, Shared};
-use super::tell::{self, Teller};
+use super::tell;
 use crate::admin::Shown;
 use crate::api::{ClusterApi, ClusterSet, Observed};
 use crate::observe::member::{endpoints, own_ranges};
-use crate::observe::origin::{Origins, Reader, View};
+use crate::observe::origin::{Frame, View};
+use crate::tell::Part;
+
+mod desk;
+mod hands;
+mod queue;
 
 /// Changes that come together are planned together.
 const DEBOUNCE: Duration = Duration::from_millis(5);
@@ -51,35 +57,44 @@ struct Controller {
     shown: Arc<Shown>,
     shared: Arc<Shared>,
     keeper: Keeper,
-    teller: Teller,
     key: Arc<SigningKey>,
     cluster: ClusterId,
     epoch: u64,
     fence: Fence,
-    start: Instant,
     /// Position of the last statement.
     last: Option<Position>,
     /// Something is planned that is not stated yet.
     unsaid: bool,
     /// Own ranges as last known.
     ours: Option<BTreeSet<Prefix>>,
-    /// What a pass works with off the runtime's threads; there between passes.
-    desk: Option<Desk>,
-    planned: Planned,
+    /// What was said last, hashed, so that only what changed is hashed anew. There between passes.
+    local: Option<LocalOrigin>,
+    /// What the own part was planned from, and what it came to.
+    planned: Option<(Input, Arc<OwnPlan>)>,
+    /// To the hands.
+    said: watch::Sender<Option<Arc<Said>>>,
 }
 
-/// Remembers what was read and hashed, so that only what changed is read and hashed anew.
-struct Desk {
-    reader: Reader,
-    local: LocalOrigin,
+/// What the cluster's own words hang on.
+struct Input {
+    frame: Arc<Frame>,
+    observed: Arc<Observed>,
+    stated: Known<BTreeMap<NodeName, Endpoint>>,
 }
 
-/// What this leader planned last: the API shows it a little later. Only the leader writes these, so until it shows
-/// them they are as planned; planned again from what is shown now, an address could go to another.
-#[derive(Default)]
-struct Planned {
-    imports: BTreeMap<ServiceKey, Import>,
-    slices: BTreeSet<SliceKey>,
+impl Input {
+    fn is(&self, other: &Self) -> bool {
+        let (old, new) = (&self.observed, &other.observed);
+        let same = Arc::ptr_eq(old, new)
+            || (old.nodes == new.nodes
+                && old.tunnel_nodes == new.tunnel_nodes
+                && old.namespaces == new.namespaces
+                && old.services == new.services
+                && old.exports == new.exports
+                && old.backends == new.backends
+                && old.clusterset == new.clusterset);
+        same && self.frame.own == other.frame.own && self.stated == other.stated
+    }
 }
 
 /// Leads under `epoch`, which was reserved by the write that took the lead, until `stop`.
@@ -114,7 +129,6 @@ pub async fn lead(
     let shared = Shared::new(replica);
     let mut controller = Controller {
         keeper: Keeper::new(api.clone(), shared.clone(), cluster.clone()),
-        teller: Teller::new(shown.clone()),
         api,
         shown,
         shared,
@@ -122,19 +136,28 @@ pub async fn lead(
         cluster,
         epoch,
         fence,
-        start: Instant::now(),
         last: None,
         unsaid: true,
         ours: None,
-        desk: Some(Desk { reader: Reader::default(), local }),
-        planned: Planned::default(),
+        local: Some(local),
+        planned: None,
+        said: watch::Sender::new(None),
     };
     // Before any session: who listens must know below which positions nothing counts.
     controller.keeper.hear(&clusterset, &members);
     let sessions_stop = stop.child_token();
     let _end_sessions = sessions_stop.clone().drop_guard();
     let (shared, key, shown) = (controller.shared.clone(), controller.key.clone(), controller.shown.clone());
-    let mut sessions = tokio::spawn(session::run(shared, key, shown, sessions_stop));
+    let mut sessions = tokio::spawn(session::run(shared, key, shown, sessions_stop.clone()));
+    let hands = Hands {
+        api: controller.api.clone(),
+        shown: controller.shown.clone(),
+        shared: controller.shared.clone(),
+        cluster: controller.cluster.clone(),
+        fence: controller.fence.clone(),
+        said: controller.said.subscribe(),
+    };
+    let mut hands = Aborting(tokio::spawn(hands::run(hands, sessions_stop)));
     let mut changed = controller.shared.changed();
     changed.mark_changed();
     loop {
@@ -158,6 +181,10 @@ pub async fn lead(
                 ended.context("the sessions with the brokers failed")?;
                 bail!("the sessions with the brokers ended");
             }
+            ended = &mut hands.0 => {
+                ended.context("writing imports failed")??;
+                bail!("writing imports ended");
+            }
             result = observed.changed() => result.context("the cluster's API ended")?,
             result = changed.changed() => result.context("the sessions ended")?,
             () = tokio::time::sleep(wait) => {}
@@ -169,6 +196,15 @@ pub async fn lead(
     }
 }
 
+/// Never outlives the lead.
+struct Aborting<T>(tokio::task::JoinHandle<T>);
+
+impl<T> Drop for Aborting<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 /// What comes after a pass.
 enum Next {
     End(Outcome),
@@ -176,15 +212,9 @@ enum Next {
     Look(Duration),
 }
 
-/// A pass's work off the runtime's threads.
-enum Work {
-    NotAMember(Vec<Finding>),
-    Planned { desired: Box<ClusterDesired>, findings: Vec<Finding>, changed: bool },
-}
-
 impl Controller {
     /// Observes, plans, signs, writes. What fails does not keep the rest from being done.
-    async fn pass(&mut self, observed: &Observed) -> Result<Next> {
+    async fn pass(&mut self, observed: &Arc<Observed>) -> Result<Next> {
         if !self.fence.holds() {
             // The Lease's driver stops us in a moment.
             return Ok(Next::Look(RESYNC));
@@ -214,32 +244,54 @@ impl Controller {
             Ok(turn) => turn,
             Err(outcome) => return Ok(Next::End(outcome)),
         };
-        match self.work(view.clone(), observed, clusterset, ours).await? {
-            Work::NotAMember(found) => {
-                findings.extend(found);
-                self.documents(&view, observed, &mut writes).await;
-                self.not_a_member(&view, observed, findings, &mut writes).await;
-                writes.outcome()?;
-                Ok(Next::Look(RESYNC))
-            }
-            Work::Planned { desired, findings: found, changed } => {
-                findings.extend(found);
-                self.unsaid |= changed;
-                // Before anything is written: what is said must not wait for disks.
-                let said = match (&desired.records, turn) {
-                    (Section::Set(_), Some(turn)) => self.publish(turn, &mut findings),
-                    _ => Ok(()),
-                };
-                self.teller.show(findings);
-                self.documents(&view, observed, &mut writes).await;
-                let due = self.members(observed, &mut writes).await;
-                self.write(&desired, observed, now, &mut writes).await;
-                said?;
-                writes.outcome()?;
-                let due = due.map(|due| due.saturating_sub(self.start.elapsed()));
-                Ok(Next::Look(due.map_or(RESYNC, |due| due.min(RESYNC))))
+        let frame = Arc::new(Frame::of(&view, &self.cluster, &ours));
+        findings.extend(frame.findings.iter().cloned());
+        if frame.own.is_none() {
+            self.planned = None;
+            self.said.send_replace(None);
+            self.documents(&view, observed, &mut writes).await;
+            self.not_a_member(&view, observed, findings, &mut writes).await;
+            writes.outcome()?;
+            return Ok(Next::Look(RESYNC));
+        }
+        let own = self.own(&view, observed, clusterset, frame.clone()).await?;
+        // Before anything is written: what is said must not wait for disks.
+        let said = match (&own, turn) {
+            (Some(_), Some(turn)) => self.publish(turn, &mut findings),
+            _ => Ok(()),
+        };
+        findings.extend(own.iter().flat_map(|own| own.findings.iter().cloned()));
+        self.shown.tell(Part::Voice, findings);
+        if let Some(own) = own {
+            self.hand_on(frame, clusterset, own);
+        }
+        self.documents(&view, observed, &mut writes).await;
+        if let (Some(nodes), Some(tunnel_nodes)) = (observed.nodes.get(), observed.tunnel_nodes.get()) {
+            for node in tunnel_nodes.keys().filter(|n| !nodes.contains_key(*n)) {
+                let delete = self.api.delete_tunnel_node(node);
+                writes.attempt("a TunnelNode without a Node stays", delete).await;
             }
         }
+        said?;
+        writes.outcome()?;
+        Ok(Next::Look(RESYNC))
+    }
+
+    /// Lets the hands know what the services hang on.
+    fn hand_on(&self, frame: Arc<Frame>, clusterset: &ClusterSet, own: Arc<OwnPlan>) {
+        let new = Said { frame, ranges: clusterset.clusterset, topology: clusterset.topology, own };
+        self.said.send_if_modified(|old| {
+            let same = old.as_ref().is_some_and(|old| {
+                old.frame == new.frame
+                    && old.ranges == new.ranges
+                    && old.topology == new.topology
+                    && Arc::ptr_eq(&old.own, &new.own)
+            });
+            if !same {
+                *old = Some(Arc::new(new));
+            }
+            !same
+        });
     }
 
     /// Where the cluster speaks next; None: not at all, and a finding says why. Err: another epoch, or another key.
@@ -289,49 +341,56 @@ impl Controller {
         }
     }
 
-    /// Reads, plans and hashes where it holds up nobody.
-    async fn work(
+    /// Plans and hashes what the cluster says of itself, if anything of it may be new, where it holds up nobody.
+    /// None while something is unknown.
+    async fn own(
         &mut self,
-        view: View,
-        observed: &Observed,
+        view: &View,
+        observed: &Arc<Observed>,
         clusterset: &ClusterSet,
-        ours: BTreeSet<Prefix>,
-    ) -> Result<Work> {
+        frame: Arc<Frame>,
+    ) -> Result<Option<Arc<OwnPlan>>> {
+        let Some(own) = frame.own.clone() else { return Ok(None) };
         let stated = stated(observed, &self.cluster, view.states.get(&self.cluster));
-        let (imports, slices) = (self.planned.imports(observed), self.planned.slices(observed));
-        let (cluster, ranges) = (self.cluster.clone(), clusterset.clusterset);
-        let observed = observed.clone();
-        let mut desk = self.desk.take().ok_or_else(|| anyhow!("the last plan was never finished"))?;
+        let input = Input { frame, observed: observed.clone(), stated };
+        if let Some((old, planned)) = &mut self.planned
+            && old.is(&input)
+        {
+            // Equal, and compared at once the next time.
+            *old = input;
+            return Ok(Some(planned.clone()));
+        }
+        let (cluster, ranges, topology) = (self.cluster.clone(), clusterset.clusterset, clusterset.topology);
+        let mut local = self.local.take().ok_or_else(|| anyhow!("the last plan was never finished"))?;
         let work = move || {
-            let Origins { own, foreign, silent, mut findings } = desk.reader.read(&view, &cluster, &ours);
-            let Some(own) = own else { return (desk, Work::NotAMember(findings)) };
+            let shown = &input.observed;
             let world = ClusterWorld {
                 cluster,
                 own,
                 clusterset: Some(ranges),
-                nodes: observed.nodes,
-                tunnel_nodes: observed.tunnel_nodes,
-                stated,
-                namespaces: observed.namespaces,
-                services: observed.services,
-                exports: observed.exports,
-                backends: observed.backends,
-                imports,
-                slices,
-                foreign,
-                unknown: silent,
+                topology,
+                nodes: shown.nodes.clone(),
+                tunnel_nodes: shown.tunnel_nodes.clone(),
+                stated: input.stated.clone(),
+                namespaces: shown.namespaces.clone(),
+                services: shown.services.clone(),
+                exports: shown.exports.clone(),
+                backends: shown.backends.clone(),
+                imports: Known::No,
+                slices: Known::No,
+                foreign: BTreeMap::new(),
+                unknown: BTreeSet::new(),
             };
-            let (desired, planned) = plan::cluster(&world);
-            findings.extend(planned);
-            let changed = match &desired.records {
-                Section::Set(records) => desk.local.set_records(records),
-                Section::Keep => false,
-            };
-            (desk, Work::Planned { desired: Box::new(desired), findings, changed })
+            let own = piece::own(&world).map(Arc::new);
+            let changed = own.as_ref().is_some_and(|own| local.set_records(&own.records));
+            (local, input, own, changed)
         };
-        let (desk, work) = tokio::task::spawn_blocking(work).await.context("the plan failed")?;
-        self.desk = Some(desk);
-        Ok(work)
+        let (local, input, own, changed) =
+            tokio::task::spawn_blocking(work).await.context("the plan failed")?;
+        self.local = Some(local);
+        self.unsaid |= changed;
+        self.planned = own.clone().map(|own| (input, own));
+        Ok(own)
     }
 
     /// Signs and publishes what is to be said, if it is anything new or was not said under this membership yet.
@@ -340,8 +399,8 @@ impl Controller {
         if !self.unsaid && voice.is_under(position.serial, position.generation) {
             return Ok(());
         }
-        let Some(desk) = self.desk.as_ref().filter(|_| self.fence.holds()) else { return Ok(()) };
-        let statement = desk.local.sign(&self.key, position);
+        let Some(local) = self.local.as_ref().filter(|_| self.fence.holds()) else { return Ok(()) };
+        let statement = local.sign(&self.key, position);
         // Never signed twice, whatever becomes of it.
         self.last = Some(position);
         if let Err(refusal) = self.shared.with(|replica| replica.publish(statement)) {
@@ -365,39 +424,6 @@ impl Controller {
         }
     }
 
-    async fn members(&mut self, observed: &Observed, writes: &mut Writes<'_>) -> Option<Duration> {
-        let (members, nodes) = (observed.members.get()?, observed.member_nodes.get()?);
-        self.keeper.members(self.start.elapsed(), members, nodes, writes).await
-    }
-
-    async fn write(
-        &mut self,
-        desired: &ClusterDesired,
-        observed: &Observed,
-        now: u64,
-        writes: &mut Writes<'_>,
-    ) {
-        // Remembered whether or not they get written: an address that was given once is not given to another.
-        if let Section::Set(slices) = &desired.slices {
-            self.planned.slices = slices.set.keys().chain(&slices.keep).cloned().collect();
-            writes.attempt("imported EndpointSlices are not written", self.api.apply_slices(slices)).await;
-        }
-        if let Section::Set(imports) = &desired.imports {
-            self.planned.take_imports(imports);
-            writes.attempt("ServiceImports are not written", self.api.apply_imports(imports)).await;
-        }
-        if let Section::Set(statuses) = &desired.statuses {
-            let write = self.api.apply_statuses(statuses, now);
-            writes.attempt("statuses of ServiceExports are not written", write).await;
-        }
-        if let (Some(nodes), Some(tunnel_nodes)) = (observed.nodes.get(), observed.tunnel_nodes.get()) {
-            for node in tunnel_nodes.keys().filter(|n| !nodes.contains_key(*n)) {
-                let delete = self.api.delete_tunnel_node(node);
-                writes.attempt("a TunnelNode without a Node stays", delete).await;
-            }
-        }
-    }
-
     /// Takes down what was imported, but only by the administrator's word.
     async fn not_a_member(
         &mut self,
@@ -417,9 +443,8 @@ impl Controller {
                  nothing changes until it is back; restore state/ from a backup, or join again with a new token"
             },
         ));
-        self.teller.show(findings);
+        self.shown.tell(Part::Voice, findings);
         if revoked {
-            self.planned = Planned::default();
             let (slices, imports) = (Objects::default(), Objects::default());
             writes.attempt("imported EndpointSlices stay", self.api.apply_slices(&slices)).await;
             writes.attempt("ServiceImports stay", self.api.apply_imports(&imports)).await;
@@ -429,31 +454,6 @@ impl Controller {
     fn finding(&self, reason: &'static str, message: &str) -> Finding {
         let object = format!("cluster {}", self.cluster);
         Finding { severity: Severity::Error, reason, object, message: message.to_owned() }
-    }
-}
-
-impl Planned {
-    fn take_imports(&mut self, planned: &Objects<ServiceKey, Import>) {
-        self.imports.retain(|key, _| planned.keep.contains(key));
-        self.imports.extend(planned.set.iter().map(|(key, import)| (key.clone(), import.clone())));
-    }
-
-    fn imports(&self, observed: &Observed) -> Known<BTreeMap<ServiceKey, Import>> {
-        match &observed.imports {
-            Known::No => Known::No,
-            Known::Yes(shown) => {
-                let mut imports = shown.clone();
-                imports.extend(self.imports.iter().map(|(key, import)| (key.clone(), import.clone())));
-                Known::Yes(imports)
-            }
-        }
-    }
-
-    fn slices(&self, observed: &Observed) -> Known<BTreeSet<SliceKey>> {
-        match &observed.slices {
-            Known::No => Known::No,
-            Known::Yes(shown) => Known::Yes(shown.keys().chain(&self.slices).cloned().collect()),
-        }
     }
 }
 

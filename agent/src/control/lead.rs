@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use tokio::runtime::{Builder, Handle};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tombolo_agent_core::lease::{Action, Lease, Seen, Timing};
@@ -61,13 +63,36 @@ struct Contest {
     /// The last problem of reading and of writing the Lease that was told, until it is over.
     told: [Option<String>; 2],
     stop: CancellationToken,
+    /// Where the controller runs.
+    work: Handle,
 }
 
 /// Contends for the lead until `stop`. `me` names this node: its next process takes over without waiting.
+///
+/// The Lease has a thread of its own, with its own few threads for disks: it is renewed however busy the rest is.
 pub async fn run(
     api: Arc<dyn ClusterApi>,
     me: String,
     shown: Arc<Shown>,
+    stop: CancellationToken,
+) -> Result<()> {
+    let work = Handle::current();
+    let (done, outcome) = oneshot::channel();
+    let contend = move || {
+        let runtime = Builder::new_current_thread().enable_all().build().context("no runtime for the Lease");
+        let result = runtime.and_then(|runtime| runtime.block_on(contend(api, me, shown, work, stop)));
+        // Nobody waits for it when the agent ends.
+        let _ = done.send(result);
+    };
+    std::thread::Builder::new().name("lease".to_owned()).spawn(contend).context("no thread for the Lease")?;
+    outcome.await.context("the Lease's thread failed")?
+}
+
+async fn contend(
+    api: Arc<dyn ClusterApi>,
+    me: String,
+    shown: Arc<Shown>,
+    work: Handle,
     stop: CancellationToken,
 ) -> Result<()> {
     let timing = Timing::DIRECTORY;
@@ -83,6 +108,7 @@ pub async fn run(
         not_before: Duration::ZERO,
         told: [None, None],
         stop: stop.clone(),
+        work,
     };
     contest.shown.metrics.leader.set(0);
     loop {
@@ -132,7 +158,7 @@ impl Contest {
         let stop = self.stop.child_token();
         let guard = stop.clone().drop_guard();
         let task = cluster::lead(self.api.clone(), self.shown.clone(), epoch, self.fence.clone(), stop);
-        self.leading = Some(Leading { epoch, task: tokio::spawn(task), _stop: guard });
+        self.leading = Some(Leading { epoch, task: self.work.spawn(task), _stop: guard });
     }
 
     async fn stop_leading(&mut self) {
@@ -141,7 +167,7 @@ impl Contest {
             self.shown.metrics.leader.set(0);
             drop(leading._stop);
             let _ = leading.task.await;
-            self.shown.cluster_findings.store(Arc::default());
+            self.shown.leads_no_more();
         }
     }
 

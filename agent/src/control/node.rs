@@ -5,30 +5,34 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result};
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tombolo_agent_core::desired::NodeDesired;
-use tombolo_agent_core::finding::{Finding, Severity};
+use tombolo_agent_core::finding::Finding;
 use tombolo_agent_core::known::{Known, Section};
 use tombolo_agent_core::object::TunnelNode;
 use tombolo_agent_core::plan;
 use tombolo_agent_core::world::{Health, MemberNodes, NodeWorld, Reach};
 use tombolo_agent_core::zone::Zone;
 use tombolo_proto::model::{Device, DeviceNumber, Endpoint, Family, NodeName, Prefix, Rank};
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use crate::admin::{Planned, Shown};
 use crate::api::cache::Cache;
 use crate::api::{ClusterApi, Observed};
 use crate::apply::Appliers;
-use crate::apply::key::DeviceKeys;
-use crate::metrics::{ClusterLabel, ReasonLabel};
+use crate::apply::key::{DeviceKeys, Rotation};
+use crate::metrics::ClusterLabel;
 use crate::observe::liveness::Roster;
 use crate::observe::member::{Members, Verifier, inner_ranges};
 use crate::observe::netlink::{Monitor, Underlay};
+use crate::tell::Part;
 
 /// Changes that come together are planned together.
 const DEBOUNCE: Duration = Duration::from_millis(5);
+/// However long a pass takes, the next begins so long after it at the latest.
+const BRAKE: Duration = Duration::from_millis(300);
 /// While a peer does not answer: when the next attempt may be due is known to the appliers.
 const ATTEMPT: Duration = Duration::from_secs(5);
 /// At a start the API may take so long before the cache is used: what it holds may be older than what is in the kernel.
@@ -126,8 +130,10 @@ impl Node {
             last = Some(now.clone());
             let underlay = self.monitor.underlay();
             verifier.set_addresses(&underlay.addresses);
-            let members = verifier.verify(&now);
-            let announced = self.announce(&now, &underlay, members.get()).await;
+            let members = heavy(|| verifier.verify(&now));
+            let rotated = self.rotate(&now);
+            let mut announced = self.announce(&now, &underlay, members.get()).await;
+            let keys = self.keys.public(None);
             let clean = match Self::world(&self.name, &now, &underlay, &members) {
                 Some((mut world, findings)) => {
                     world.health = self.health.borrow_and_update().clone();
@@ -147,7 +153,12 @@ impl Node {
                     true
                 }
             };
-            let mut wait = if clean && announced {
+            if self.keys.public(None) != keys {
+                // Only now that devices answer to their new keys.
+                announced &= self.announce(&now, &underlay, members.get()).await;
+            }
+            let brake = start.elapsed().clamp(DEBOUNCE, BRAKE);
+            let mut wait = if clean && announced && rotated {
                 retry = RETRY;
                 let attempts = match &planned {
                     Some((planned, _)) => self.attempts(&planned.desired).await,
@@ -179,7 +190,12 @@ impl Node {
                 () = self.monitor.changed() => debug!("the kernel's state changed"),
                 () = tokio::time::sleep(wait) => {}
             }
-            tokio::time::sleep(DEBOUNCE).await;
+            // Much to do is done less often; what is dead is not waited for.
+            tokio::select! {
+                () = stop.cancelled() => {}
+                result = self.health.changed() => if !stop.is_cancelled() { result.context("liveness ended")? },
+                () = tokio::time::sleep(brake) => {}
+            }
         }
     }
 
@@ -187,6 +203,45 @@ impl Node {
     fn keep(&mut self, verifier: &Verifier, observed: &Observed) -> bool {
         let Some(good) = verifier.good(observed) else { return false };
         self.cache.keep(&good)
+    }
+
+    /// Makes keys anew if that was asked for. False if it is to be tried again.
+    fn rotate(&self, observed: &Observed) -> bool {
+        let Known::Yes(Some(clusterset)) = &observed.clusterset else { return true };
+        let Some(wish) = clusterset.rotations.get(&self.name) else { return true };
+        match self.keys.rotate(*wish) {
+            Ok(Rotation::Made) => {
+                info!("made new WireGuard keys, as asked by `tombolo rotate wireguard`");
+                true
+            }
+            Ok(Rotation::Done) => true,
+            Ok(Rotation::Waits) => {
+                debug!("new WireGuard keys are asked for, while the ones before are still in use");
+                true
+            }
+            Err(error) => {
+                warn!("cannot make new WireGuard keys, retrying: {error}");
+                false
+            }
+        }
+    }
+
+    /// Gives devices new keys whose old ones peers would not take calls by. True if there were any.
+    fn renew(&self, behind: &BTreeMap<DeviceNumber, Duration>) -> bool {
+        let mut renewed = false;
+        for (number, behind) in behind {
+            match self.keys.renew(*number) {
+                Ok(()) => {
+                    let behind = behind.as_secs();
+                    warn!(device = %number, "the clock is {behind} s behind the last handshake: peers would ignore this key; made a new one");
+                    renewed = true;
+                }
+                Err(error) => {
+                    warn!(device = %number, "the clock went back, and there is no new key: {error}")
+                }
+            }
+        }
+        renewed
     }
 
     /// Whether a peer does not answer, and there is somewhere else to look for it.
@@ -223,8 +278,10 @@ impl Node {
         };
         self.shown.check("node", None);
         let own = members.and_then(|members| members.nodes.get(&clusterset.cluster));
-        let value = tunnel_node(node, underlay, own, self.keys.public());
-        if tunnel_nodes.get(&self.name) != Some(&value) {
+        let published = tunnel_nodes.get(&self.name);
+        let devices = self.keys.public(published.map(|published| &published.devices));
+        let value = tunnel_node(node, underlay, own, devices);
+        if published != Some(&value) {
             match self.api.write_tunnel_node(&self.name, &value).await {
                 Ok(_) => info!(candidates = ?value.candidates, "told what this node is"),
                 Err(error) => {
@@ -280,7 +337,7 @@ impl Node {
     }
 
     fn plan(&self, world: NodeWorld, mut findings: Vec<Finding>) -> Arc<Planned> {
-        let (desired, planned) = plan::node(&world);
+        let (desired, planned) = heavy(|| plan::node(&world));
         findings.extend(planned);
         findings.sort();
         findings.dedup();
@@ -329,7 +386,12 @@ impl Node {
         let metrics = &self.shown.metrics;
         let written = self.appliers.writes();
         let before = written.counts().total();
-        let report = self.appliers.apply(desired).await;
+        let mut report = self.appliers.apply(desired).await;
+        if self.renew(&report.behind) {
+            let behind = std::mem::take(&mut report.behind);
+            report = self.appliers.apply(desired).await;
+            report.behind.retain(|number, _| !behind.contains_key(number));
+        }
         let writes = written.counts().total() - before;
         metrics.reconciles.inc();
         metrics.kernel_writes.inc_by(writes);
@@ -356,22 +418,8 @@ impl Node {
     }
 
     fn show(&self, desired: &NodeDesired, findings: Vec<Finding>) {
-        let old = self.shown.node_findings.load();
-        for finding in findings.iter().filter(|f| !old.contains(f)) {
-            match finding.severity {
-                Severity::Error => {
-                    error!(reason = finding.reason, object = %finding.object, "{}", finding.message);
-                }
-                Severity::Warning => {
-                    warn!(reason = finding.reason, object = %finding.object, "{}", finding.message);
-                }
-            }
-        }
+        self.shown.tell(Part::Node, findings);
         let metrics = &self.shown.metrics;
-        metrics.findings.clear();
-        for finding in &findings {
-            metrics.findings.get_or_create(&ReasonLabel { reason: finding.reason.to_owned() }).inc();
-        }
         metrics.peers.clear();
         let mut peers: BTreeMap<String, i64> = BTreeMap::new();
         for device in desired.devices.get().into_iter().flat_map(BTreeMap::values) {
@@ -382,7 +430,14 @@ impl Node {
         for (cluster, count) in peers {
             metrics.peers.get_or_create(&ClusterLabel { cluster }).set(count);
         }
-        self.shown.node_findings.store(Arc::new(findings));
+    }
+}
+
+/// Work that may take long, where it holds up no other task.
+fn heavy<T>(work: impl FnOnce() -> T) -> T {
+    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        _ => work(),
     }
 }
 

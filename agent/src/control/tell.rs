@@ -1,55 +1,10 @@
-//! What the controller finds, shown and logged.
+//! What the controller refuses, as findings.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
-use std::time::Instant;
 
-use tombolo_agent_core::bucket::Bucket;
 use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_proto::model::ClusterId;
 use tombolo_replica::{Object, Reason, Replica};
-use tracing::{error, warn};
-
-use crate::admin::Shown;
-
-/// Lines a minute: others cause some of them.
-const LINES: u32 = 60;
-
-/// Shows findings, and logs the new ones.
-pub(super) struct Teller {
-    shown: Arc<Shown>,
-    start: Instant,
-    bucket: Bucket,
-}
-
-impl Teller {
-    /// To these pages.
-    pub(super) fn new(shown: Arc<Shown>) -> Self {
-        Self { shown, start: Instant::now(), bucket: Bucket::a_minute(LINES) }
-    }
-
-    /// Replaces what is shown.
-    pub(super) fn show(&mut self, mut findings: Vec<Finding>) {
-        findings.sort();
-        findings.dedup();
-        let old = self.shown.cluster_findings.load();
-        for finding in findings.iter().filter(|f| old.binary_search(f).is_err()) {
-            let Some(held_back) = self.bucket.take(self.start.elapsed()) else { continue };
-            if held_back > 0 {
-                warn!("{held_back} more findings came and went; see /debug/findings");
-            }
-            match finding.severity {
-                Severity::Error => {
-                    error!(reason = finding.reason, object = %finding.object, "{}", finding.message)
-                }
-                Severity::Warning => {
-                    warn!(reason = finding.reason, object = %finding.object, "{}", finding.message)
-                }
-            }
-        }
-        self.shown.cluster_findings.store(Arc::new(findings));
-    }
-}
 
 /// What was refused of members and of the set's own documents. What is said of anybody else, or of nobody, is noise
 /// that anyone can make.

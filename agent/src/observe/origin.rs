@@ -5,36 +5,20 @@ use std::sync::Arc;
 
 use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::object::ServiceKey;
-use tombolo_agent_core::world::Foreign;
 use tombolo_proto::model::{
-    Backends, ClusterId, Export, Namespace, Prefix, Record, Scope, ServiceName, record_kind,
+    Backends, ClusterId, Export, Namespace, Prefix, RecordKey, Scope, Subject, record_kind,
 };
 use tombolo_proto::trust::{Effective, Grant, Member, Membership, Revocations, Verified, effective};
 use tombolo_proto::wire::{decode_backends, decode_export};
 use tombolo_replica::{Interest, OriginState, Replica, ScopeRecords};
-
-use super::member::endpoints;
-
-/// Records of a namespace, read.
-#[derive(Default)]
-struct Read {
-    exports: BTreeMap<ServiceKey, Export>,
-    backends: BTreeMap<ServiceKey, BTreeMap<u32, Backends>>,
-    findings: Vec<Finding>,
-}
-
-/// Reads records, each set of them once.
-#[derive(Default)]
-pub struct Reader {
-    read: BTreeMap<(ClusterId, Scope), (Arc<ScopeRecords>, Read)>,
-}
 
 /// A replica at one moment: taken out in one step, and read while sessions go on.
 #[derive(Clone)]
 pub struct View {
     memberships: Vec<Membership>,
     revocations: Option<Verified<Revocations>>,
-    interest: Interest,
+    /// Whose records are held.
+    pub interest: Interest,
     /// What every cluster says.
     pub states: BTreeMap<ClusterId, Arc<OriginState>>,
 }
@@ -67,94 +51,173 @@ impl View {
     }
 }
 
-/// Own and other clusters as the plan wants them.
-pub struct Origins {
+/// Who is a member, and with which ranges: what all services hang on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
     /// The own cluster; None if its membership is not known, or revoked.
     pub own: Option<Member>,
-    /// All others that have spoken.
-    pub foreign: BTreeMap<ClusterId, Foreign>,
-    /// Members that have not, as far as is known here.
-    pub silent: BTreeSet<ClusterId>,
+    /// All others.
+    pub others: BTreeMap<ClusterId, Member>,
     /// What is wrong with any.
     pub findings: Vec<Finding>,
 }
 
-impl Reader {
-    /// Reads all that is new.
-    pub fn read(&mut self, view: &View, us: &ClusterId, ours: &BTreeSet<Prefix>) -> Origins {
+impl Frame {
+    /// Of a replica at one moment. `ours`: ranges that are nobody else's here.
+    pub fn of(view: &View, us: &ClusterId, ours: &BTreeSet<Prefix>) -> Self {
         let Effective { mut members, refused } =
             effective(&view.memberships, view.revocations.as_deref(), Some(us), ours);
         let mut findings: Vec<Finding> = refused.iter().map(super::member::refused_finding).collect();
-        let own = members.remove(us);
-        let mut foreign = BTreeMap::new();
-        let mut silent = BTreeSet::new();
-        let mut live = BTreeSet::new();
-        for (cluster, member) in members {
-            match view.states.get(&cluster) {
-                Some(state) => {
-                    let missing = missing(&view.interest, state);
-                    let found = self.foreign(&cluster, member, state, missing, &mut live, &mut findings);
-                    foreign.insert(cluster, found);
-                }
-                None => {
-                    silent.insert(cluster);
-                }
-            }
-        }
-        self.read.retain(|key, _| live.contains(key));
         findings.sort();
-        Origins { own, foreign, silent, findings }
-    }
-
-    fn foreign(
-        &mut self,
-        cluster: &ClusterId,
-        member: Member,
-        state: &OriginState,
-        unknown_namespaces: BTreeSet<Namespace>,
-        live: &mut BTreeSet<(ClusterId, Scope)>,
-        findings: &mut Vec<Finding>,
-    ) -> Foreign {
-        let mut foreign = Foreign {
-            member,
-            position: state.position(),
-            nodes: BTreeMap::new(),
-            exports: BTreeMap::new(),
-            backends: BTreeMap::new(),
-            unknown_namespaces,
-        };
-        for (scope, records) in state.scopes() {
-            match scope {
-                Scope::Nodes => {
-                    let all: Vec<Record> = whole(records);
-                    foreign.nodes = endpoints(cluster, &all, findings);
-                }
-                Scope::Namespace(namespace) => {
-                    let key = (cluster.clone(), scope.clone());
-                    let known = self.read.get(&key).is_some_and(|(old, _)| Arc::ptr_eq(old, records));
-                    if !known {
-                        let read = read(cluster, namespace, records);
-                        self.read.insert(key.clone(), (records.clone(), read));
-                    }
-                    if let Some((_, read)) = self.read.get(&key) {
-                        foreign.exports.extend(read.exports.iter().map(|(k, v)| (k.clone(), v.clone())));
-                        foreign.backends.extend(read.backends.iter().map(|(k, v)| (k.clone(), v.clone())));
-                        findings.extend(read.findings.iter().cloned());
-                    }
-                    live.insert(key);
-                }
-            }
-        }
-        foreign
+        Self { own: members.remove(us), others: members, findings }
     }
 }
 
-fn whole(records: &ScopeRecords) -> Vec<Record> {
-    records.iter().map(|(key, body)| Record { key: key.clone(), body: body.clone() }).collect()
+/// Records whose keys are no subject's: so many are remembered of one scope.
+const MAX_ODD: usize = 16;
+
+/// What was seen of the records of every cluster: tells which services changed since.
+#[derive(Default)]
+pub struct Seen {
+    scopes: BTreeMap<(ClusterId, Namespace), Arc<ScopeRecords>>,
+    odd: BTreeMap<(ClusterId, Namespace), Vec<String>>,
+}
+
+impl Seen {
+    /// Which services' records are others than the last time, by cluster.
+    pub fn news(&mut self, view: &View, us: &ClusterId) -> BTreeMap<ClusterId, BTreeSet<ServiceKey>> {
+        let mut news: BTreeMap<ClusterId, BTreeSet<ServiceKey>> = BTreeMap::new();
+        let mut live = BTreeSet::new();
+        let nothing = Arc::new(ScopeRecords::default());
+        for (cluster, state) in view.states.iter().filter(|(cluster, _)| *cluster != us) {
+            for (scope, records) in state.scopes() {
+                let Scope::Namespace(namespace) = scope else { continue };
+                let place = (cluster.clone(), namespace.clone());
+                let old = self.scopes.get(&place).unwrap_or(&nothing);
+                if !Arc::ptr_eq(old, records) {
+                    let keys = old.changed(records);
+                    let news = news.entry(cluster.clone()).or_default();
+                    self.take(&place, scope, &keys, records, news);
+                    self.scopes.insert(place.clone(), records.clone());
+                }
+                live.insert(place);
+            }
+        }
+        // Withdrawn, revoked, or of a namespace that is not here any more.
+        let gone: Vec<_> = self.scopes.keys().filter(|place| !live.contains(*place)).cloned().collect();
+        for place in gone {
+            self.odd.remove(&place);
+            let Some(old) = self.scopes.remove(&place) else { continue };
+            let keys: Vec<RecordKey> = old.iter().map(|(key, _)| key.clone()).collect();
+            let news = news.entry(place.0.clone()).or_default();
+            services(&Scope::Namespace(place.1.clone()), &keys, news);
+        }
+        news
+    }
+
+    fn take(
+        &mut self,
+        place: &(ClusterId, Namespace),
+        scope: &Scope,
+        keys: &[RecordKey],
+        records: &ScopeRecords,
+        news: &mut BTreeSet<ServiceKey>,
+    ) {
+        let odd = services(scope, keys, news);
+        let known = self.odd.entry(place.clone()).or_default();
+        known.retain(|text| !odd.iter().any(|key| format!("{key:?}") == *text));
+        for key in odd.iter().filter(|key| records.get(key).is_some()) {
+            if known.len() < MAX_ODD {
+                known.push(format!("{key:?}"));
+            }
+        }
+    }
+
+    /// All services that a cluster says anything about.
+    pub fn all(&self, of: &ClusterId, all: &mut BTreeSet<ServiceKey>) {
+        for ((_, namespace), records) in self.scopes.iter().filter(|((cluster, _), _)| cluster == of) {
+            for (key, _) in records.iter() {
+                services(&Scope::Namespace(namespace.clone()), std::slice::from_ref(key), all);
+            }
+        }
+    }
+
+    /// Records that name nothing.
+    pub fn findings(&self) -> Vec<Finding> {
+        let finding = |(cluster, namespace): &(ClusterId, Namespace), key: &String| {
+            invalid(cluster, format!("record {key} in namespace {namespace} names nothing and is left out"))
+        };
+        self.odd.iter().flat_map(|(place, keys)| keys.iter().map(|key| finding(place, key))).collect()
+    }
+}
+
+/// Adds the services that keys are about; returns the keys that are about nothing.
+fn services<'a>(scope: &Scope, keys: &'a [RecordKey], news: &mut BTreeSet<ServiceKey>) -> Vec<&'a RecordKey> {
+    let Scope::Namespace(namespace) = scope else { return Vec::new() };
+    let mut odd = Vec::new();
+    for key in keys {
+        match key.subject(scope) {
+            Some(Subject::Export(name) | Subject::Backends(name, _)) => {
+                news.insert(ServiceKey { namespace: namespace.clone(), name });
+            }
+            // Of a newer version: not for us.
+            Some(Subject::Unknown(_) | Subject::Endpoint(_)) => {}
+            None => odd.push(key),
+        }
+    }
+    odd
+}
+
+/// A cluster's part in one service. A record that cannot be read is left out and named; its neighbours count.
+pub fn part(
+    cluster: &ClusterId,
+    state: &OriginState,
+    key: &ServiceKey,
+    findings: &mut Vec<Finding>,
+) -> (Option<Export>, BTreeMap<u32, Backends>) {
+    let mut shards = BTreeMap::new();
+    let scope = Scope::Namespace(key.namespace.clone());
+    let Some(records) = state.records(&scope) else { return (None, shards) };
+    let mut left_out = |record: &RecordKey, error: String| {
+        if findings.len() < MAX_ODD {
+            let text = format!(
+                "record {record:?} in namespace {} cannot be read and is left out: {error}",
+                key.namespace
+            );
+            findings.push(invalid(cluster, text));
+        }
+    };
+    let mut export = None;
+    let name = RecordKey::export(&key.name);
+    if let Some(body) = records.get(&name) {
+        match decode_export(body) {
+            Ok(read) => export = Some(read),
+            Err(error) => left_out(&name, error.to_string()),
+        }
+    }
+    for (record, body) in records.of(record_kind::BACKENDS, key.name.as_str()) {
+        let Some(Subject::Backends(_, shard)) = record.subject(&scope) else { continue };
+        match decode_backends(body) {
+            Ok(backends) => {
+                shards.insert(shard, backends);
+            }
+            Err(error) => left_out(record, error.to_string()),
+        }
+    }
+    (export, shards)
+}
+
+fn invalid(cluster: &ClusterId, message: String) -> Finding {
+    Finding {
+        severity: Severity::Error,
+        reason: "RecordInvalid",
+        object: format!("cluster {cluster}"),
+        message,
+    }
 }
 
 /// Namespaces that are wanted and stated, and not here yet.
-fn missing(interest: &Interest, state: &OriginState) -> BTreeSet<Namespace> {
+pub fn missing(interest: &Interest, state: &OriginState) -> BTreeSet<Namespace> {
     state
         .leaves()
         .keys()
@@ -164,49 +227,4 @@ fn missing(interest: &Interest, state: &OriginState) -> BTreeSet<Namespace> {
             Scope::Nodes => None,
         })
         .collect()
-}
-
-/// A record that cannot be read is left out and named; its neighbours count.
-fn read(cluster: &ClusterId, namespace: &Namespace, records: &ScopeRecords) -> Read {
-    let mut read = Read::default();
-    for (key, body) in records.iter() {
-        let service = |name: &str| {
-            ServiceName::new(name)
-                .map(|name| ServiceKey { namespace: namespace.clone(), name })
-                .map_err(|error| error.to_string())
-        };
-        let outcome = match (key.kind(), key.name()) {
-            (record_kind::EXPORT, [name]) => service(name).and_then(|service| {
-                let export = decode_export(body).map_err(|error| error.to_string())?;
-                read.exports.insert(service, export);
-                Ok(())
-            }),
-            (record_kind::BACKENDS, [name, shard]) => service(name).and_then(|service| {
-                let shard = shard
-                    .parse::<u32>()
-                    .ok()
-                    .filter(|s| *s < Backends::MAX_SHARDS && s.to_string() == **shard)
-                    .ok_or_else(|| "its shard is not a number".to_owned())?;
-                let backends = decode_backends(body).map_err(|error| error.to_string())?;
-                read.backends.entry(service).or_default().insert(shard, backends);
-                Ok(())
-            }),
-            (record_kind::EXPORT | record_kind::BACKENDS, _) => Err("its key has another form".to_owned()),
-            // Of a newer version: not for us.
-            _ => Ok(()),
-        };
-        if let Err(error) = outcome
-            && read.findings.len() < 16
-        {
-            read.findings.push(Finding {
-                severity: Severity::Error,
-                reason: "RecordInvalid",
-                object: format!("cluster {cluster}"),
-                message: format!(
-                    "record {key:?} in namespace {namespace} cannot be read and is left out: {error}"
-                ),
-            });
-        }
-    }
-    read
 }

@@ -55,6 +55,23 @@ impl ScopeRecords {
         self.bodies.iter().map(|(key, body)| (key, &body.bytes))
     }
 
+    /// Keys and bodies of one kind whose keys begin with this part, in order.
+    pub fn of<'a>(
+        &'a self,
+        kind: u32,
+        first: &'a str,
+    ) -> impl Iterator<Item = (&'a RecordKey, &'a Arc<[u8]>)> {
+        let start = RecordKey::new(kind, &[first]);
+        let range = start.map(|start| self.bodies.range(start..));
+        range
+            .into_iter()
+            .flatten()
+            .take_while(move |(key, _)| {
+                key.kind() == kind && key.name().first().is_some_and(|p| **p == *first)
+            })
+            .map(|(key, body)| (key, &body.bytes))
+    }
+
     pub(crate) fn after<'a>(
         &'a self,
         key: Option<&'a RecordKey>,

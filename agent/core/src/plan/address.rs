@@ -30,19 +30,7 @@ pub(crate) fn assign(
     let mut given: BTreeMap<(ServiceKey, Family), IpAddr> = BTreeMap::new();
     for (key, import) in imports.set.iter_mut().filter(|(_, i)| i.kind == ServiceType::ClusterSetIP) {
         if let Some(ranges) = ranges {
-            let has = |f: &Family| match f {
-                Family::V4 => ranges.v4.is_some(),
-                Family::V6 => ranges.v6.is_some(),
-            };
-            let families: Vec<Family> = import.families.iter().copied().filter(has).collect();
-            // Never empty: a service in a family that is not here is shown as it is, without an address.
-            if families.is_empty() {
-                let text =
-                    "this cluster has no ClusterSetIP range in the service's IP families; it has no address";
-                findings.error("IPFamilyNotSupported", format!("serviceimport {key}"), text);
-            } else {
-                import.families = families;
-            }
+            fit_families(ranges, key, import, findings);
         }
         let before = existing.get(key).filter(|i| i.kind == ServiceType::ClusterSetIP);
         for &ip in before.into_iter().flat_map(|i| &i.ips) {
@@ -97,8 +85,7 @@ pub(crate) fn assign(
                 }
                 continue;
             }
-            let hash = stable(&[key.namespace.as_str().as_bytes(), key.name.as_str().as_bytes()]);
-            if let Some(ip) = pool.next(hash) {
+            if let Some(ip) = pool.next(wanted(key)) {
                 pool.take(ip);
                 charge(&mut shares, us, import, family);
                 ips.push(ip);
@@ -128,6 +115,84 @@ pub(crate) fn assign(
     }
 }
 
+/// Leaves the families that the cluster has a range in.
+pub(crate) fn fit_families(
+    ranges: &ClustersetRanges,
+    key: &ServiceKey,
+    import: &mut Import,
+    findings: &mut Findings,
+) {
+    let has = |f: &Family| match f {
+        Family::V4 => ranges.v4.is_some(),
+        Family::V6 => ranges.v6.is_some(),
+    };
+    let families: Vec<Family> = import.families.iter().copied().filter(has).collect();
+    // Never empty: a service in a family that is not here is shown as it is, without an address.
+    if families.is_empty() {
+        let text = "this cluster has no ClusterSetIP range in the service's IP families; it has no address";
+        findings.error("IPFamilyNotSupported", format!("serviceimport {key}"), text);
+    } else {
+        import.families = families;
+    }
+}
+
+/// The ranges of all families with what is taken of them, kept from one service to the next.
+#[derive(Debug)]
+pub(crate) struct Pools {
+    pools: BTreeMap<Family, Pool>,
+    shares: BTreeMap<(Family, ClusterId), u128>,
+}
+
+impl Pools {
+    pub(crate) fn new(ranges: &ClustersetRanges) -> Self {
+        let pool = |family| Pool::new(ranges, family).map(|pool| (family, pool));
+        Self { pools: Family::ALL.into_iter().filter_map(pool).collect(), shares: BTreeMap::new() }
+    }
+
+    pub(crate) fn take(&mut self, ip: IpAddr) {
+        if let Some(pool) = self.pools.get_mut(&Family::of(ip)) {
+            pool.take(ip);
+        }
+    }
+
+    pub(crate) fn free(&mut self, ip: IpAddr) {
+        if let Some(pool) = self.pools.get_mut(&Family::of(ip)) {
+            pool.free(ip);
+        }
+    }
+
+    /// Counts an address for, or against, every other cluster that exports the service.
+    pub(crate) fn charge(&mut self, us: &ClusterId, clusters: &BTreeSet<ClusterId>, family: Family, by: i8) {
+        for cluster in clusters.iter().filter(|cluster| *cluster != us) {
+            let share = self.shares.entry((family, cluster.clone())).or_default();
+            *share = share.saturating_add_signed(by.into());
+        }
+    }
+
+    /// Who exports the service, if only others do and each of them has half of the range.
+    pub(crate) fn greedy<'a>(
+        &self,
+        us: &ClusterId,
+        import: &'a Import,
+        family: Family,
+    ) -> Option<&'a BTreeSet<ClusterId>> {
+        let half = self.pools.get(&family)?.half();
+        let share = |c: &ClusterId| self.shares.get(&(family, c.clone())).copied().unwrap_or(0);
+        let others = !import.clusters.is_empty() && !import.clusters.contains(us);
+        (others && import.clusters.iter().all(|cluster| share(cluster) >= half)).then_some(&import.clusters)
+    }
+
+    /// The address that a new service gets.
+    pub(crate) fn next(&self, key: &ServiceKey, family: Family) -> Option<IpAddr> {
+        self.pools.get(&family)?.next(wanted(key))
+    }
+}
+
+/// Where in a range a service would like its address.
+fn wanted(key: &ServiceKey) -> u64 {
+    stable(&[key.namespace.as_str().as_bytes(), key.name.as_str().as_bytes()])
+}
+
 /// Counts an address for every other cluster that exports the service.
 fn charge(shares: &mut BTreeMap<(Family, ClusterId), u128>, us: &ClusterId, import: &Import, family: Family) {
     for cluster in import.clusters.iter().filter(|cluster| *cluster != us) {
@@ -137,6 +202,7 @@ fn charge(shares: &mut BTreeMap<(Family, ClusterId), u128>, us: &ClusterId, impo
 
 /// The addresses of a range, and which are taken: as runs, so that the next free one is found at once even in a range
 /// that somebody has filled.
+#[derive(Debug)]
 struct Pool {
     family: Family,
     first: u128,
@@ -196,6 +262,27 @@ impl Pool {
         self.runs.insert(start, end);
     }
 
+    /// Gives back what was taken.
+    fn free(&mut self, ip: IpAddr) {
+        let number = match ip {
+            IpAddr::V4(a) => u128::from(u32::from(a)),
+            IpAddr::V6(a) => u128::from(a),
+        };
+        let Some(offset) = number.checked_sub(self.first) else { return };
+        let Some((&start, &last)) =
+            self.runs.range(..=offset).next_back().filter(|(_, last)| **last >= offset)
+        else {
+            return;
+        };
+        self.runs.remove(&start);
+        if start < offset {
+            self.runs.insert(start, offset - 1);
+        }
+        if offset < last {
+            self.runs.insert(offset + 1, last);
+        }
+    }
+
     /// The free address at `hash`, or the first after it, around the end.
     fn next(&self, hash: u64) -> Option<IpAddr> {
         let wanted = u128::from(hash) % self.size;
@@ -220,6 +307,12 @@ mod tests {
             let mut pool = Pool::new(&ranges, Family::V4).unwrap();
             let ip = |n: u8| IpAddr::from([198, 19, 0, 64 + n]);
             taken.iter().for_each(|n| pool.take(ip(*n)));
+            // What is given back is free again.
+            for n in [taken.first(), taken.last()].into_iter().flatten().filter(|n| (2..63).contains(*n)) {
+                pool.free(ip(*n));
+                prop_assert_eq!(pool.next((*n).into()), Some(ip(*n)));
+                pool.take(ip(*n));
+            }
             let wanted = (0..64_u64).map(|step| ip(u8::try_from((hash % 64 + step) % 64).unwrap()));
             let free = |a: &IpAddr| is_vip(&ranges, *a) && !taken.iter().any(|n| ip(*n) == *a);
             prop_assert_eq!(pool.next(hash), wanted.into_iter().find(free));

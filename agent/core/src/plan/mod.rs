@@ -10,6 +10,7 @@ mod findings;
 mod firewall;
 mod hash;
 mod peer;
+pub mod piece;
 mod rank;
 mod roster;
 mod route;
@@ -24,7 +25,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 
-use tombolo_proto::model::{ClusterId, Endpoint, NodeName, Record, RecordKey, Scope, record_kind};
+use tombolo_proto::model::{Endpoint, NodeName, Record, RecordKey, Scope, record_kind};
 use tombolo_proto::wire;
 
 use self::eligible::View;
@@ -63,8 +64,7 @@ fn plan_node(world: &NodeWorld, findings: &mut Findings) -> NodeDesired {
     };
     let imports = &*vip::honest(world, imports, findings);
     let slices = backend::owned(slices, members, (&world.cluster, hosts), findings);
-    let stations: BTreeMap<&ClusterId, _> =
-        members.iter().map(|(id, m)| (id, roster::stations(&world.cluster, id, m, findings))).collect();
+    let stations = roster::stations(world, members, findings);
     let devices = peer::devices(world, members, &stations, findings);
     let unreached = eligible::unreached(world, &devices);
     let view = View { cluster: &world.cluster, unreached: &unreached };

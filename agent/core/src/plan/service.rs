@@ -12,7 +12,7 @@ use crate::object::{Import, ServiceKey};
 use crate::world::{ClusterWorld, Foreign};
 
 /// Services that one other cluster may have here.
-const MAX_FOREIGN: usize = 20_000;
+pub(crate) const MAX_FOREIGN: usize = 20_000;
 
 /// A derived service of this plan.
 #[derive(Debug)]

@@ -19,7 +19,7 @@ const PER_SHARD: u32 = 2048;
 /// Slices of one shard and family of another cluster: as many sets of target ports may its backends have.
 const PER_FOREIGN_SHARD: u32 = 64;
 /// Slices that one other cluster may have here.
-const MAX_FOREIGN: usize = 30_000;
+pub(crate) const MAX_FOREIGN: usize = 30_000;
 
 /// Plans the slices. A shard of a statement becomes one slice for each set of ports (and hundred backends): a slice
 /// changes when its shard does.

@@ -255,6 +255,35 @@ impl ClusterApi for Directory {
         apply(self, Kind::EndpointSlice, set, keep).await
     }
 
+    async fn write_imports(
+        &self,
+        set: BTreeMap<ServiceKey, Import>,
+        gone: BTreeSet<ServiceKey>,
+    ) -> Result<Applied, Error> {
+        let id = |key: &ServiceKey| own(ObjectId::of_service(Kind::ServiceImport, key));
+        let work = move |t: &mut Transaction<'_>| {
+            for (key, import) in &set {
+                t.put(&id(key)?, json(&own(multicluster::write_import(key, import))?))?;
+            }
+            gone.iter().try_for_each(|key| t.delete(&id(key)?))
+        };
+        self.lead(work).await
+    }
+
+    async fn write_slices(
+        &self,
+        set: BTreeMap<SliceKey, Slice>,
+        gone: BTreeSet<SliceKey>,
+    ) -> Result<Applied, Error> {
+        let work = move |t: &mut Transaction<'_>| {
+            for (key, value) in &set {
+                t.put(&own(slice::id(key))?, json(&own(slice::write(key, value))?))?;
+            }
+            gone.iter().try_for_each(|key| t.delete(&own(slice::id(key))?))
+        };
+        self.lead(work).await
+    }
+
     async fn apply_statuses(
         &self,
         desired: &BTreeMap<ServiceKey, ExportStatus>,

@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tombolo_agent_core::known::{Known, Objects};
 use tombolo_agent_core::object::{ExportStatus, Import, ServiceKey, Slice, SliceKey, TunnelNode};
-use tombolo_agent_core::world::{ClustersetRanges, Reach};
+use tombolo_agent_core::world::{ClustersetRanges, Reach, Topology};
 use tombolo_proto::model::{ClusterId, NodeName, Position, Record, RecordKey};
 use tombolo_proto::testing::{binding, cluster, grant, key, membership, set};
 use tombolo_proto::trust::{Membership, Revocations, SigningKey};
@@ -116,8 +116,10 @@ impl Bench {
             brokers: None,
             revocations: None,
             reach: Reach::Exports,
+            topology: Topology::Gateway,
             clusterset: ClustersetRanges { v4: Some("198.19.0.0/29".parse().unwrap()), v6: None },
             reserved: BTreeSet::new(),
+            rotations: BTreeMap::new(),
         });
         self.directory.join(&set, &key, &object(&membership)).unwrap();
     }
@@ -249,6 +251,22 @@ impl ClusterApi for Blind {
 
     async fn apply_slices(&self, desired: &Objects<SliceKey, Slice>) -> Result<Applied, Error> {
         self.directory.apply_slices(desired).await
+    }
+
+    async fn write_imports(
+        &self,
+        set: BTreeMap<ServiceKey, Import>,
+        gone: BTreeSet<ServiceKey>,
+    ) -> Result<Applied, Error> {
+        self.directory.write_imports(set, gone).await
+    }
+
+    async fn write_slices(
+        &self,
+        set: BTreeMap<SliceKey, Slice>,
+        gone: BTreeSet<SliceKey>,
+    ) -> Result<Applied, Error> {
+        self.directory.write_slices(set, gone).await
     }
 
     async fn apply_statuses(

@@ -15,9 +15,9 @@ use crate::desired::ClusterDesired;
 use crate::diff::Diff;
 use crate::known::{Known, Section};
 use crate::object::{LocalKind, Node, Service, ServiceExport, ServiceKey, Slice, SliceKey, TunnelNode};
-use crate::world::{ClusterWorld, ClustersetRanges, Foreign};
+use crate::world::{ClusterWorld, ClustersetRanges, Foreign, Topology};
 
-fn plan(world: &ClusterWorld) -> (ClusterDesired, Vec<&'static str>) {
+pub(super) fn plan(world: &ClusterWorld) -> (ClusterDesired, Vec<&'static str>) {
     let (desired, findings) = crate::plan::cluster(world);
     assert_eq!(crate::plan::cluster(world), (desired.clone(), findings.clone()), "law 1");
     (desired, findings.iter().map(|f| f.reason).collect())
@@ -34,7 +34,7 @@ fn member(name: &str, number: u8, namespaces: &[&str]) -> Member {
     Member { membership, owned: owned(number), tunnel: tunnel(number) }
 }
 
-fn foreign(name: &str, number: u8) -> Foreign {
+pub(super) fn foreign(name: &str, number: u8) -> Foreign {
     Foreign {
         member: member(name, number, &[]),
         position: Position::default(),
@@ -62,7 +62,7 @@ fn tunnel_node(host: u8) -> TunnelNode {
     }
 }
 
-fn local(ports: &[u16]) -> Service {
+pub(super) fn local(ports: &[u16]) -> Service {
     Service {
         kind: LocalKind::ClusterIP,
         ports: ports.iter().map(|p| port(&format!("p{p}"), *p)).collect(),
@@ -73,7 +73,7 @@ fn local(ports: &[u16]) -> Service {
     }
 }
 
-fn user_export(created: u64) -> ServiceExport {
+pub(super) fn user_export(created: u64) -> ServiceExport {
     ServiceExport {
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
@@ -83,17 +83,17 @@ fn user_export(created: u64) -> ServiceExport {
     }
 }
 
-fn group(ports: &[(u16, u16)], addresses: &[&str]) -> BackendGroup {
+pub(super) fn group(ports: &[(u16, u16)], addresses: &[&str]) -> BackendGroup {
     BackendGroup {
         ports: ports.iter().map(|(name, target)| port(&format!("p{name}"), *target)).collect(),
         backends: addresses.iter().map(|a| backend(a)).collect(),
     }
 }
 
-const MEMBER_SINCE: u64 = 1_700_000_000;
+pub(super) const MEMBER_SINCE: u64 = 1_700_000_000;
 
 /// Cluster eu with nodes a, b, c; services a/web (exported) and a/quiet (not).
-fn world() -> ClusterWorld {
+pub(super) fn world() -> ClusterWorld {
     let names = ["a", "b", "c"];
     ClusterWorld {
         cluster: id("eu"),
@@ -102,6 +102,7 @@ fn world() -> ClusterWorld {
             v4: Some("198.19.0.0/16".parse().unwrap()),
             v6: Some("fd19:746f:6d62::/112".parse().unwrap()),
         }),
+        topology: Topology::Gateway,
         nodes: Known::Yes(names.iter().zip(1..).map(|(n, i)| (node(n), k8s_node(i))).collect()),
         tunnel_nodes: Known::Yes(names.iter().zip(1..).map(|(n, i)| (node(n), tunnel_node(i))).collect()),
         stated: Known::Yes(BTreeMap::new()),
@@ -122,14 +123,19 @@ fn world() -> ClusterWorld {
     }
 }
 
-fn known<T>(value: &mut Known<T>) -> &mut T {
+pub(super) fn known<T>(value: &mut Known<T>) -> &mut T {
     match value {
         Known::Yes(value) => value,
         Known::No => panic!("not known"),
     }
 }
 
-fn with_us(mut world: ClusterWorld, name: &str, export: Export, addresses: &[&str]) -> ClusterWorld {
+pub(super) fn with_us(
+    mut world: ClusterWorld,
+    name: &str,
+    export: Export,
+    addresses: &[&str],
+) -> ClusterWorld {
     let us = world.foreign.entry(id("us")).or_insert_with(|| foreign("us", 2));
     let targets: Vec<(u16, u16)> = export.ports.iter().map(|p| (p.port, p.port + 8000)).collect();
     us.exports.insert(service(name), export);
@@ -138,13 +144,13 @@ fn with_us(mut world: ClusterWorld, name: &str, export: Export, addresses: &[&st
     world
 }
 
-fn us_export(ports: &[u16]) -> Export {
+pub(super) fn us_export(ports: &[u16]) -> Export {
     let ports: Vec<_> = ports.iter().map(|p| port(&format!("p{p}"), *p)).collect();
     Export { families: vec![Family::V4], ..export(MEMBER_SINCE + 2000, &ports) }
 }
 
 /// What the shell would read back after writing all that was planned.
-fn applied(world: &ClusterWorld, desired: &ClusterDesired) -> ClusterWorld {
+pub(super) fn applied(world: &ClusterWorld, desired: &ClusterDesired) -> ClusterWorld {
     let mut world = world.clone();
     if let Section::Set(nodes) = &desired.nodes {
         world.stated = Known::Yes(nodes.clone());
@@ -164,16 +170,16 @@ fn applied(world: &ClusterWorld, desired: &ClusterDesired) -> ClusterWorld {
     world
 }
 
-fn condition(desired: &ClusterDesired, name: &str, kind: &str) -> Option<(bool, String)> {
+pub(super) fn condition(desired: &ClusterDesired, name: &str, kind: &str) -> Option<(bool, String)> {
     let status = desired.statuses.get()?.get(&service(name))?;
     status.conditions.get(kind).map(|c| (c.status, c.reason.clone()))
 }
 
-fn yes(reason: &str) -> Option<(bool, String)> {
+pub(super) fn yes(reason: &str) -> Option<(bool, String)> {
     Some((true, reason.to_owned()))
 }
 
-fn no(reason: &str) -> Option<(bool, String)> {
+pub(super) fn no(reason: &str) -> Option<(bool, String)> {
     Some((false, reason.to_owned()))
 }
 
@@ -540,7 +546,7 @@ fn any_foreign(name: &'static str, number: u8) -> impl Strategy<Value = Foreign>
         })
 }
 
-fn any_world() -> impl Strategy<Value = ClusterWorld> {
+pub(super) fn any_world() -> impl Strategy<Value = ClusterWorld> {
     let kind = prop::sample::select(vec![
         LocalKind::ClusterIP,
         LocalKind::Headless,

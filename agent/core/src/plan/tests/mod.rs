@@ -2,8 +2,11 @@
 
 mod cluster;
 mod eligible;
+mod mcs;
 mod merge;
+mod mesh;
 mod node;
+mod piece;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

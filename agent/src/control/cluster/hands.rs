@@ -1,0 +1,187 @@
+//! What the leader writes for the other clusters: their Members, imports and slices. Beside the voice, which waits for
+//! none of it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tombolo_agent_core::object::{ExportStatus, ServiceKey};
+use tombolo_proto::model::ClusterId;
+use tracing::{debug, warn};
+
+use super::desk::{Batch, Desk, Said};
+use super::{DEBOUNCE, RESYNC, RETRY};
+use crate::admin::Shown;
+use crate::api::{ClusterApi, Observed};
+use crate::control::keep::{Keeper, Writes};
+use crate::control::lead::Fence;
+use crate::control::session::Shared;
+use crate::observe::origin::View;
+use crate::tell::Part;
+
+/// Findings of services that are shown.
+const FINDINGS: usize = 300;
+
+/// What the hands work with.
+pub(super) struct Hands {
+    pub(super) api: Arc<dyn ClusterApi>,
+    pub(super) shown: Arc<Shown>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) cluster: ClusterId,
+    pub(super) fence: Fence,
+    /// None: there is nothing to do, since nothing is known or the cluster is no member.
+    pub(super) said: watch::Receiver<Option<Arc<Said>>>,
+}
+
+struct Work {
+    hands: Hands,
+    keeper: Keeper,
+    start: Instant,
+    /// There between batches.
+    desk: Option<Desk>,
+    scrubbed: Instant,
+}
+
+/// Works until `stop`.
+pub(super) async fn run(hands: Hands, stop: CancellationToken) -> Result<()> {
+    let mut observed = hands.api.observe();
+    let mut changed = hands.shared.changed();
+    let mut said = hands.said.clone();
+    let keeper = Keeper::new(hands.api.clone(), hands.shared.clone(), hands.cluster.clone());
+    let now = Instant::now();
+    let mut work = Work { hands, keeper, start: now, desk: None, scrubbed: now };
+    loop {
+        changed.borrow_and_update();
+        said.borrow_and_update();
+        let now = observed.borrow_and_update().clone();
+        let wait = work.round(&now).await?;
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(()),
+            result = observed.changed() => result.context("the cluster's API ended")?,
+            result = changed.changed() => result.context("the sessions ended")?,
+            result = said.changed() => result.context("the voice ended")?,
+            () = tokio::time::sleep(wait) => {}
+        }
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            () = tokio::time::sleep(DEBOUNCE) => {}
+        }
+    }
+}
+
+impl Work {
+    /// One batch, and whatever else is due; when to look again.
+    async fn round(&mut self, observed: &Arc<Observed>) -> Result<Duration> {
+        if !self.hands.fence.holds() {
+            return Ok(RESYNC);
+        }
+        let Some(said) = self.hands.said.borrow().clone() else {
+            self.desk = None;
+            self.hands.shown.tell(Part::Services, Vec::new());
+            return Ok(RESYNC);
+        };
+        let fence = self.hands.fence.clone();
+        let mut writes = Writes::new(&fence);
+        let mut wait = RESYNC;
+        let now = self.start.elapsed();
+        if let (Some(members), Some(nodes)) = (observed.members.get(), observed.member_nodes.get())
+            && let Some(due) = self.keeper.members(now, members, nodes, &mut writes).await
+        {
+            wait = wait.min(due.saturating_sub(now));
+        }
+        let known =
+            observed.namespaces.is_known() && observed.imports.is_known() && observed.slices.is_known();
+        if known {
+            wait = wait.min(self.services(observed, said, &mut writes).await?);
+        }
+        if let Err(error) = writes.outcome() {
+            warn!("the cluster's objects are not all written, retrying: {error:#}");
+            wait = wait.min(RETRY);
+            tokio::time::sleep(DEBOUNCE * 10).await;
+        }
+        Ok(wait)
+    }
+
+    async fn services(
+        &mut self,
+        observed: &Arc<Observed>,
+        said: Arc<Said>,
+        writes: &mut Writes<'_>,
+    ) -> Result<Duration> {
+        let begun = Instant::now();
+        let now = self.start.elapsed();
+        let mut desk = match self.desk.take() {
+            Some(desk) => desk,
+            None => Desk::new(self.hands.cluster.clone()),
+        };
+        let scrub = self.scrubbed.elapsed() >= RESYNC && desk.waiting() == 0;
+        if scrub {
+            self.scrubbed = Instant::now();
+        }
+        let view = self.hands.shared.with(|replica| View::of(replica));
+        let (shown, own) = (observed.clone(), said.clone());
+        let plan = move || {
+            desk.gather(&view, &shown, &own, now);
+            if scrub {
+                desk.scrub();
+            }
+            let batch = desk.batch(&view, &shown, now);
+            let findings = desk.findings(FINDINGS);
+            (desk, batch, findings)
+        };
+        let (mut desk, batch, findings) =
+            tokio::task::spawn_blocking(plan).await.context("the plan failed")?;
+        self.hands.shown.tell(Part::Services, findings);
+        if let Some(mut batch) = batch {
+            let good = self.write(&mut batch, writes).await;
+            let used = begun.elapsed();
+            debug!(cause = ?batch.cause, services = batch.keys.len(), ?used, waiting = desk.waiting(), "planned");
+            desk.settle(batch, good, self.start.elapsed(), used);
+        }
+        self.statuses(observed, &said, &desk, writes).await;
+        let now = self.start.elapsed();
+        let due = desk.due().into_iter().chain(desk.compare_due(observed)).min();
+        self.desk = Some(desk);
+        Ok(due.map_or(RESYNC, |due| due.saturating_sub(now)))
+    }
+
+    async fn write(&self, batch: &mut Batch, writes: &mut Writes<'_>) -> bool {
+        let mut good = true;
+        let (set, gone) = std::mem::take(&mut batch.slices);
+        if !(set.is_empty() && gone.is_empty()) {
+            let write = self.hands.api.write_slices(set, gone);
+            good &= writes.attempt("imported EndpointSlices are not written", write).await.is_some();
+        }
+        let (set, gone) = std::mem::take(&mut batch.imports);
+        if !(set.is_empty() && gone.is_empty()) {
+            let write = self.hands.api.write_imports(set, gone);
+            good &= writes.attempt("ServiceImports are not written", write).await.is_some();
+        }
+        good
+    }
+
+    /// Those that are shown otherwise than they should be.
+    async fn statuses(&self, observed: &Observed, said: &Said, desk: &Desk, writes: &mut Writes<'_>) {
+        let Some(shown) = observed.statuses.get() else { return };
+        let mut changed: BTreeMap<ServiceKey, ExportStatus> = BTreeMap::new();
+        for (key, status) in &said.own.statuses {
+            // Not stamped yet, or gone.
+            let Some(there) = shown.get(key) else { continue };
+            let mut status = status.clone();
+            let conflict = desk.conflict(key).map(|conflict| ("Conflict".to_owned(), conflict.clone()));
+            status.conditions.extend(conflict);
+            if status.conditions.iter().any(|(kind, value)| there.conditions.get(kind) != Some(value)) {
+                changed.insert(key.clone(), status);
+            }
+        }
+        if !changed.is_empty() {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+            let write = self.hands.api.apply_statuses(&changed, now);
+            writes.attempt("statuses of ServiceExports are not written", write).await;
+        }
+    }
+}
