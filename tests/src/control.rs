@@ -64,12 +64,14 @@ pub enum Request {
 
 /// What may be done to a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Action {
     /// SIGKILL.
     Kill,
     /// SIGKILL to its first child: the agent proper below its holder.
     KillChild,
+    /// SIGKILL to it and all that it started.
+    KillAll,
     /// SIGTERM.
     Term,
     /// SIGSTOP to it and all that it started.
@@ -292,6 +294,7 @@ fn act(request: &Request, lab: &Lab, name: &str, down: &AtomicBool) -> Result<An
         Request::Enter { .. } => {}
         Request::Program { place, program, action } => match action {
             Action::Kill => lab.kill(place, program)?,
+            Action::KillAll => lab.kill_tree(place, program)?,
             Action::KillChild => lab.kill_child(place, program)?,
             Action::Term => lab.signal(place, program, Signal::SIGTERM)?,
             Action::Stop => lab.stop(place, program)?,

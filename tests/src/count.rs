@@ -161,7 +161,10 @@ impl Tree {
             self.inotify.add_watch(dir, flags).with_context(|| format!("watching {}", dir.display()))?;
         self.dirs.insert(watch, dir.to_owned());
         for entry in std::fs::read_dir(dir)?.flatten().filter(|e| e.path().is_dir()) {
-            self.add(&entry.path())?;
+            // Where files wait for their rename.
+            if !entry.file_name().to_string_lossy().starts_with('.') {
+                self.add(&entry.path())?;
+            }
         }
         Ok(())
     }
@@ -171,7 +174,7 @@ impl Tree {
             let (Some(dir), Some(name)) = (self.dirs.get(&event.wd), event.name) else { continue };
             let path = dir.join(&name);
             if event.mask.contains(AddWatchFlags::IN_ISDIR) {
-                if event.mask.contains(AddWatchFlags::IN_CREATE) {
+                if event.mask.contains(AddWatchFlags::IN_CREATE) && !name.to_string_lossy().starts_with('.') {
                     // It may be gone again.
                     let _ = self.add(&path);
                 }

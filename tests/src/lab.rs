@@ -248,7 +248,7 @@ impl Lab {
     /// # Errors
     /// If it does not run.
     pub fn stop(&self, place: &str, name: &str) -> Result<()> {
-        self.signal_tree(place, name, Signal::SIGSTOP)
+        self.signal_tree(place, name, Signal::SIGSTOP).map(drop)
     }
 
     /// SIGCONT to a program and all that it started.
@@ -256,18 +256,31 @@ impl Lab {
     /// # Errors
     /// If it does not run.
     pub fn cont(&self, place: &str, name: &str) -> Result<()> {
-        self.signal_tree(place, name, Signal::SIGCONT)
+        self.signal_tree(place, name, Signal::SIGCONT).map(drop)
     }
 
-    /// From the root down: what a stopped parent starts no more cannot be missed.
-    fn signal_tree(&self, place: &str, name: &str, signal: Signal) -> Result<()> {
-        let mut pids = vec![self.pid(place, name)?];
-        while let Some(pid) = pids.pop() {
+    /// SIGKILL to a program and all that it started, devices too, and waits until it is gone.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn kill_tree(&self, place: &str, name: &str) -> Result<()> {
+        for pid in self.signal_tree(place, name, Signal::SIGSTOP)? {
+            // A child may be gone with its parent.
+            let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
+        }
+        self.wait(place, name).map(drop)
+    }
+
+    /// From the root down: what a stopped parent starts no more cannot be missed. Whom it reached.
+    fn signal_tree(&self, place: &str, name: &str, signal: Signal) -> Result<Vec<u32>> {
+        let (mut pids, mut next) = (vec![self.pid(place, name)?], 0);
+        while let Some(pid) = pids.get(next).copied() {
             kill(Pid::from_raw(pid.cast_signed()), signal)
                 .with_context(|| format!("{signal} to process {pid} of {name} in {place}"))?;
             pids.extend(children_of(pid)?.split_whitespace().filter_map(|p| p.parse::<u32>().ok()));
+            next += 1;
         }
-        Ok(())
+        Ok(pids)
     }
 
     /// What runs, or ran.

@@ -177,6 +177,8 @@ enum FaultCommand {
     Kill { place: String, program: String },
     /// SIGKILL the first child of a program: the agent proper, which its holder restarts
     KillChild { place: String, program: String },
+    /// SIGKILL a program and all that it started, a node's devices too
+    KillAll { place: String, program: String },
     /// SIGTERM a program
     Term { place: String, program: String },
     /// SIGSTOP a program and all that it started: it hangs, and keeps its sockets and locks
@@ -230,6 +232,7 @@ impl FaultCommand {
         let fault = match self {
             Self::Kill { place, program: name } => return program(place, name, Action::Kill),
             Self::KillChild { place, program: name } => return program(place, name, Action::KillChild),
+            Self::KillAll { place, program: name } => return program(place, name, Action::KillAll),
             Self::Term { place, program: name } => return program(place, name, Action::Term),
             Self::Stop { place, program: name } => return program(place, name, Action::Stop),
             Self::Cont { place, program: name } => return program(place, name, Action::Cont),

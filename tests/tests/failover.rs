@@ -126,8 +126,8 @@ fn a_dying_gateway_costs_less_than_a_second() {
                 std::thread::sleep(Duration::from_secs(4));
                 // As when its power goes: silence first.
                 lab.lan(cluster)?.ip(&format!("link set {link} down\n"))?;
-                lab.kill(node, "agent")?;
-                lab.kill(node, "wireguard")?;
+                lab.kill_tree(node, "agent")?;
+                lab.kill_tree(node, "wireguard")?;
                 std::thread::sleep(Duration::from_secs(5));
                 let gap = flows.stop(&format!("{node} dies"))?;
                 lab.lan(cluster)?.ip(&format!("link set {link} up\n"))?;
@@ -243,8 +243,8 @@ fn tunnels_come_up_through_heavy_loss() {
         for _ in 0..runs(2) {
             event(&lab, &["us-gw1", "us-gw2"], || {
                 for node in ["us-gw1", "us-gw2"] {
-                    lab.kill(node, "agent")?;
-                    lab.kill(node, "wireguard")?;
+                    lab.kill_tree(node, "agent")?;
+                    lab.kill_tree(node, "wireguard")?;
                 }
                 lab.fault(Fault::Loss { a: "eu-west".into(), b: "us-east".into(), percent: 20 })?;
                 let start = SystemTime::now();
