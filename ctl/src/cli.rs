@@ -7,7 +7,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::{Ipv4Net, Ipv6Net};
 use tombolo_agent_core::object::ServiceKey;
-use tombolo_agent_core::world::Reach;
+use tombolo_agent_core::world::{Reach, Topology};
 use tombolo_proto::model::{ClusterId, Namespace, NamespacePattern, NodeName, Prefix, ServiceName, SetName};
 use tombolo_proto::trust::PublicKey;
 
@@ -184,6 +184,10 @@ pub(crate) struct Join {
     /// What foreign traffic may come to pods: exported ports only, or everything. [default: exports]
     #[arg(long, value_parser = reach_parser())]
     pub(crate) reach: Option<Reach>,
+    /// Which nodes have tunnels to other clusters: gateways alone, or every node with every node of clusters that are
+    /// meshed too. [default: gateway]
+    #[arg(long, value_parser = topology_parser())]
+    pub(crate) topology: Option<Topology>,
     /// Where this cluster takes its IPv4 ClusterSetIPs from; local, may be the same everywhere. [default: 198.19.0.0/16]
     #[arg(long, value_name = "CIDR")]
     pub(crate) clusterset_v4: Option<Ipv4Net>,
@@ -209,6 +213,8 @@ pub(crate) struct Rotate {
 pub(crate) enum RotateWhat {
     /// The key that signs what this cluster says: a new one, bound by the present one
     ClusterKey(RotateClusterKey),
+    /// The WireGuard keys of nodes, made by the nodes themselves
+    Wireguard(RotateWireguard),
 }
 
 #[derive(Args)]
@@ -216,6 +222,26 @@ pub(crate) struct RotateClusterKey {
     #[command(flatten)]
     pub(crate) cluster: ClusterArgs,
     /// Seconds to wait until the leading agent speaks with the new key. 0: do not wait.
+    #[arg(long, default_value_t = 20, value_name = "SECONDS")]
+    pub(crate) wait: u64,
+}
+
+fn topology_parser() -> impl TypedValueParser<Value = Topology> {
+    PossibleValuesParser::new(["gateway", "mesh"])
+        .map(|text| if text == "mesh" { Topology::Mesh } else { Topology::Gateway })
+}
+
+#[derive(Args)]
+pub(crate) struct RotateWireguard {
+    /// Which nodes of this cluster.
+    #[arg(value_name = "NODE", required_unless_present = "all", conflicts_with = "all")]
+    pub(crate) nodes: Vec<NodeName>,
+    /// All nodes of this cluster.
+    #[arg(long)]
+    pub(crate) all: bool,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+    /// Seconds to wait until the nodes have told their new keys. 0: do not wait.
     #[arg(long, default_value_t = 20, value_name = "SECONDS")]
     pub(crate) wait: u64,
 }

@@ -8,7 +8,7 @@ use tombolo_agent_core::object::{
     ExportStatus, Import, LocalBackends, Node, Service, ServiceExport, ServiceKey, Slice, SliceKey,
     TunnelNode,
 };
-use tombolo_agent_core::world::{ClustersetRanges, Reach};
+use tombolo_agent_core::world::{ClustersetRanges, Reach, Topology};
 use tombolo_proto::model::{ClusterId, Namespace, NodeName, Prefix, Record, RecordKey};
 use tombolo_proto::trust::{Digest, Envelope, SetId};
 use tombolo_proto::wire::MembershipParts;
@@ -78,10 +78,15 @@ pub struct ClusterSet {
     pub revocations: Option<Envelope>,
     /// What foreign traffic may come in.
     pub reach: Reach,
+    /// Which of its nodes have tunnels to other clusters.
+    pub topology: Topology,
     /// Where a directory's ClusterSetIPs come from.
     pub clusterset: ClustersetRanges,
     /// Ranges of this cluster (Services, API server, ...) that no other may own.
     pub reserved: BTreeSet<Prefix>,
+    /// Nodes that are to change their WireGuard keys, each once for every number that is larger than the one before
+    /// (`tombolo rotate wireguard`).
+    pub rotations: BTreeMap<NodeName, u64>,
 }
 
 /// coordination.k8s.io Lease `tombolo-controller`.

@@ -10,9 +10,10 @@ use async_trait::async_trait;
 use ipnet::IpNet;
 use thiserror::Error;
 use tombolo_agent_core::desired::{MARK, TunnelDevice};
+use tombolo_agent_core::object::NodeKey;
 use tombolo_proto::model::{DeviceNumber, WireguardKey};
 
-use super::key::DeviceKey;
+use super::key::{DeviceKey, Pair};
 
 /// Seconds between keepalives: keeps NAT mappings, and makes silence mean something.
 pub const KEEPALIVE: u16 = 10;
@@ -97,6 +98,10 @@ pub struct DeviceState {
     pub mark: u32,
     /// By key.
     pub peers: BTreeMap<WireguardKey, PeerState>,
+    /// Public half of the key that it answers to beside its own.
+    pub previous: Option<WireguardKey>,
+    /// How far the clock is behind the last call by its key, if it is: peers ignore its calls so long.
+    pub behind: Option<Duration>,
 }
 
 /// A peer as the device knows it.
@@ -129,6 +134,8 @@ impl PeerState {
 pub struct DeviceChange<'a> {
     /// Its identity.
     pub key: Option<&'a DeviceKey>,
+    /// What it is to answer to as well; told only with `key`.
+    pub previous: Option<&'a DeviceKey>,
     /// UDP port.
     pub port: Option<u16>,
     /// Mark of what it sends.
@@ -155,6 +162,8 @@ pub enum PeerAction {
         endpoint: Option<SocketAddr>,
         /// What it may send.
         allowed: BTreeSet<IpNet>,
+        /// The same node's key before: its sessions carry on until the new key's do.
+        replaces: Option<WireguardKey>,
     },
     /// A peer that is there. An allowed IP moves from its old peer at once.
     Change {
@@ -178,9 +187,9 @@ impl DeviceChange<'_> {
     }
 }
 
-/// Peers that do not answer, and what was tried. Bounded by the peers there are.
+/// Whose keys a device's peers are, and, of those that do not answer, what was tried. Bounded by the peers there are.
 #[derive(Default)]
-pub(super) struct Attempts(BTreeMap<WireguardKey, Attempt>);
+pub(super) struct Attempts(BTreeMap<WireguardKey, Attempt>, BTreeMap<WireguardKey, NodeKey>);
 
 struct Attempt {
     since: Instant,
@@ -215,14 +224,16 @@ impl Attempts {
 pub(super) fn diff<'a>(
     number: DeviceNumber,
     desired: &TunnelDevice,
-    key: &'a DeviceKey,
+    keys: &'a Pair,
     actual: &DeviceState,
     attempts: &mut Attempts,
     (now, wall): (Instant, SystemTime),
 ) -> DeviceChange<'a> {
     attempts.0.retain(|key, _| desired.peers.contains_key(key));
+    let other = actual.key != Some(keys.current.public());
     let mut change = DeviceChange {
-        key: (actual.key != Some(key.public())).then_some(key),
+        key: other.then_some(&keys.current),
+        previous: keys.previous.as_ref().filter(|_| other),
         port: (actual.port != number.default_port()).then_some(number.default_port()),
         mark: (actual.mark != MARK).then_some(MARK),
         peers: Vec::new(),
@@ -239,8 +250,18 @@ pub(super) fn diff<'a>(
             peer.allowed.iter().map(|p| p.net()).filter(|net| owner.get(net) == Some(&key)).collect();
         let Some(there) = actual.peers.get(&key) else {
             attempts.0.insert(key, Attempt { since: now, times: 0 });
-            let endpoint = peer.candidates.first().copied();
-            change.peers.push(PeerChange { key, what: PeerAction::Add { endpoint, allowed: wanted } });
+            let former = |(key, _): &(&WireguardKey, &PeerState)| {
+                !desired.peers.contains_key(*key) && attempts.1.get(*key) == Some(&peer.node)
+            };
+            let former = actual.peers.iter().find(former);
+            // It is where it was.
+            let endpoint =
+                former.filter(|(_, state)| state.is_alive(wall)).and_then(|(_, state)| state.endpoint);
+            let endpoint = endpoint.or(peer.candidates.first().copied());
+            let replaces = former.map(|(key, _)| *key);
+            change
+                .peers
+                .push(PeerChange { key, what: PeerAction::Add { endpoint, allowed: wanted, replaces } });
             continue;
         };
         let endpoint = if there.is_alive(wall) {
@@ -266,6 +287,9 @@ pub(super) fn diff<'a>(
     change.peers.extend(later);
     let gone = actual.peers.keys().filter(|key| !desired.peers.contains_key(*key));
     change.peers.extend(gone.map(|key| PeerChange { key: *key, what: PeerAction::Remove }));
+    // Until they are gone, whatever comes of this change.
+    attempts.1.retain(|key, _| actual.peers.contains_key(key));
+    attempts.1.extend(desired.peers.iter().map(|(key, peer)| (*key, peer.node.clone())));
     change
 }
 
@@ -304,10 +328,16 @@ mod tests {
         for PeerChange { key, what } in &change.peers {
             let mut allow = BTreeSet::new();
             match what {
-                PeerAction::Add { endpoint, allowed } => {
+                PeerAction::Add { endpoint, allowed, replaces } => {
                     assert!(!state.peers.contains_key(key));
                     allow.clone_from(allowed);
-                    let new = PeerState { endpoint: *endpoint, keepalive: KEEPALIVE, ..PeerState::default() };
+                    let former = replaces.and_then(|key| state.peers.remove(&key)).unwrap_or_default();
+                    let new = PeerState {
+                        endpoint: *endpoint,
+                        keepalive: KEEPALIVE,
+                        allowed: BTreeSet::new(),
+                        ..former
+                    };
                     state.peers.insert(*key, new);
                 }
                 PeerAction::Change { endpoint, keepalive, allow: more, forbid } => {
@@ -333,6 +363,7 @@ mod tests {
 
     struct Case {
         keys: DeviceKeys,
+        pair: Option<std::sync::Arc<Pair>>,
         attempts: Attempts,
         now: Instant,
         wall: SystemTime,
@@ -343,13 +374,14 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let keys = DeviceKeys::load(dir.path()).unwrap_or_else(|e| panic!("{e}"));
             let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
-            Self { keys, attempts: Attempts::default(), now: Instant::now(), wall }
+            Self { keys, pair: None, attempts: Attempts::default(), now: Instant::now(), wall }
         }
 
         fn diff(&mut self, desired: &TunnelDevice, actual: &DeviceState) -> DeviceChange<'_> {
             let number = DeviceNumber::new(1).unwrap();
-            let key = self.keys.get(number).unwrap();
-            diff(number, desired, key, actual, &mut self.attempts, (self.now, self.wall))
+            self.pair = self.keys.get(number);
+            let pair = self.pair.as_ref().unwrap();
+            diff(number, desired, pair, actual, &mut self.attempts, (self.now, self.wall))
         }
     }
 
@@ -406,6 +438,35 @@ mod tests {
         let state = applied(state, &change);
         assert_eq!(state.peers[&key].endpoint, Some("192.0.2.2:4511".parse().unwrap()));
         assert!(case.diff(&desired, &state).is_empty());
+    }
+
+    #[test]
+    fn a_node_with_a_new_key_takes_over_from_itself_alone() {
+        let mut case = Case::new();
+        let named = |name: &str| {
+            let mut peer = peer(&["192.0.2.1:4511"], &["10.1.0.0/16"]);
+            peer.node.node = name.parse().unwrap();
+            peer
+        };
+        let before = device(&[(1, named("gw1"))]);
+        let mut state = applied(DeviceState::default(), &case.diff(&before, &DeviceState::default()));
+        let wall = case.wall.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        let roamed = Some("198.51.100.7:9".parse().unwrap());
+        {
+            let peer = state.peers.get_mut(&WireguardKey([1; 32])).unwrap();
+            (peer.endpoint, peer.last_handshake) = (roamed, Some(wall));
+        }
+        // Another node takes its place: it has nothing to do with the sessions of the first.
+        let change = case.diff(&device(&[(2, named("gw2"))]), &state);
+        let PeerAction::Add { replaces, endpoint, .. } = &change.peers[0].what else { panic!() };
+        assert_eq!((*replaces, endpoint.map(|e| e.to_string()).as_deref()), (None, Some("192.0.2.1:4511")));
+        // It did not come to that; now it is itself that has a new key.
+        let after = device(&[(3, named("gw1"))]);
+        let change = case.diff(&after, &state);
+        let PeerAction::Add { replaces, endpoint, .. } = &change.peers[0].what else { panic!() };
+        assert_eq!((*replaces, *endpoint), (Some(WireguardKey([1; 32])), roamed));
+        let state = applied(state, &change);
+        assert!(case.diff(&after, &state).is_empty());
     }
 
     #[test]

@@ -23,7 +23,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures::future::join_all;
 use serde::{Serialize, Serializer};
@@ -33,7 +33,7 @@ use tombolo_proto::model::{DeviceNumber, WireguardKey};
 
 use device::{Attempts, DeviceError, DeviceState, PeerAction, TunnelDriver};
 use firewall::{FirewallError, Nft};
-use key::DeviceKeys;
+use key::{DeviceKeys, KeyError};
 use link::ALIAS;
 use netlink::{Links, Netlink, NetlinkError};
 use route::RouteKey;
@@ -128,6 +128,9 @@ pub enum ApplyError {
     /// nft.
     #[error(transparent)]
     Firewall(FirewallError),
+    /// The keys' files.
+    #[error(transparent)]
+    Key(KeyError),
     /// A route over a device that is not there.
     #[error("{0} is not there to carry it")]
     NoDevice(DeviceNumber),
@@ -227,6 +230,8 @@ pub struct Report {
     pub applied: Vec<Applied>,
     /// What is not as it should be.
     pub failures: Vec<Failure>,
+    /// Devices whose key's last call is later than the clock, and by how much: peers ignore their calls.
+    pub behind: BTreeMap<DeviceNumber, Duration>,
 }
 
 impl Report {
@@ -253,6 +258,7 @@ impl Report {
     fn extend(&mut self, other: Self) {
         self.applied.extend(other.applied);
         self.failures.extend(other.failures);
+        self.behind.extend(other.behind);
     }
 }
 
@@ -411,6 +417,10 @@ impl Appliers {
         let addresses = link::addresses(&self.netlink).await.map_err(ApplyError::Netlink);
         let Some(addresses) = report.take(Subject::Devices, addresses) else { return };
         self.attempts.retain(|number, _| devices.contains_key(number));
+        for number in self.keys.public(None).into_keys().filter(|number| !devices.contains_key(number)) {
+            let handled = self.keys.handle_device(number, None).map_err(ApplyError::Key);
+            report.take(Subject::Device(number), handled);
+        }
         for (number, device) in ready {
             let Some(link) = links.device(number) else {
                 report.fail(Subject::Device(number), ApplyError::Device(DeviceError::NoLink));
@@ -452,19 +462,27 @@ impl Appliers {
 
     async fn set_peers(&mut self, number: DeviceNumber, device: &TunnelDevice, report: &mut Report) {
         let subject = Subject::Device(number);
-        let Some(key) = self.keys.get(number) else {
+        let Some(pair) = self.keys.get(number) else {
             return report.fail(subject, ApplyError::Device(DeviceError::NoKey));
         };
         let actual = self.driver.read(number).await.map_err(ApplyError::Device);
         let Some(actual) = report.take(subject.clone(), actual) else { return };
         let attempts = self.attempts.entry(number).or_default();
         let change =
-            device::diff(number, device, key, &actual, attempts, (Instant::now(), SystemTime::now()));
+            device::diff(number, device, &pair, &actual, attempts, (Instant::now(), SystemTime::now()));
         if change.is_empty() {
-            return;
+            return self.handle_keys(number, &actual, report);
         }
         if let Err(error) = self.driver.write(number, &change).await {
             return report.fail(subject, ApplyError::Device(error));
+        }
+        if change.key.is_some() {
+            // With its key it knows how long ago that one called.
+            let actual = self.driver.read(number).await.map_err(ApplyError::Device);
+            let Some(actual) = report.take(subject.clone(), actual) else { return };
+            self.handle_keys(number, &actual, report);
+        } else {
+            self.handle_keys(number, &actual, report);
         }
         if change.key.is_some() || change.port.is_some() || change.mark.is_some() {
             report.note(subject, Action::Changed, Ok(()));
@@ -476,6 +494,18 @@ impl Appliers {
                 PeerAction::Remove => Action::Removed,
             };
             report.note(Subject::Peer(number, peer.key), action, Ok(()));
+        }
+    }
+
+    fn handle_keys(&self, number: DeviceNumber, actual: &DeviceState, report: &mut Report) {
+        let has = actual.key.map(|key| (key, actual.previous));
+        // Without a key it is not configured yet.
+        if has.is_some() {
+            let handled = self.keys.handle_device(number, has).map_err(ApplyError::Key);
+            report.take(Subject::Device(number), handled);
+        }
+        if let Some(behind) = actual.behind {
+            report.behind.insert(number, behind);
         }
     }
 

@@ -176,7 +176,11 @@ impl TunnelDriver for Userspace {
 
     async fn write(&self, number: DeviceNumber, change: &DeviceChange<'_>) -> Result<(), DeviceError> {
         self.writes.uapi();
-        let answer = self.ask(number, &render(change)).await?;
+        let mut answer = self.ask(number, &render(change, true)).await?;
+        if !answer.lines().any(|line| line == "errno=0") && has_extensions(change) {
+            // A device of an earlier version, or somebody else's: it changes keys, but not without loss.
+            answer = self.ask(number, &render(change, false)).await?;
+        }
         match answer.lines().find_map(|line| line.strip_prefix("errno=")).map(str::parse::<i32>) {
             Some(Ok(0)) => Ok(()),
             Some(Ok(errno)) => Err(DeviceError::Refused(errno.saturating_abs())),
@@ -185,16 +189,25 @@ impl TunnelDriver for Userspace {
     }
 }
 
+/// Whether it holds what only our devices understand (`tombolo_wireguard::uapi`).
+fn has_extensions(change: &DeviceChange<'_>) -> bool {
+    let replaces = |peer: &PeerChange| matches!(peer.what, PeerAction::Add { replaces: Some(_), .. });
+    change.previous.is_some() || change.peers.iter().any(replaces)
+}
+
 /// The request, blank line and all. Typed values alone go in.
-fn render(change: &DeviceChange<'_>) -> Zeroizing<String> {
+fn render(change: &DeviceChange<'_>, extensions: bool) -> Zeroizing<String> {
     // Large enough that it never moves: what it leaves behind when it does is not wiped.
-    let lines: usize = change.peers.iter().map(|p| 4 + allowed_count(p)).sum();
+    let lines: usize = change.peers.iter().map(|p| 4 + allowed_count(p) + 2).sum();
     let mut out = Zeroizing::new(String::with_capacity(1024 + lines * 100));
     out.push_str("set=1\n");
-    if let Some(key) = change.key {
-        out.push_str("private_key=");
-        out.push_str(&Zeroizing::new(HEXLOWER.encode(key.bytes())));
-        out.push('\n');
+    let previous = change.previous.filter(|_| extensions);
+    for (name, key) in [("private_key=", change.key), ("previous_private_key=", previous)] {
+        if let Some(key) = key {
+            out.push_str(name);
+            out.push_str(&Zeroizing::new(HEXLOWER.encode(key.bytes())));
+            out.push('\n');
+        }
     }
     // Writing to a String cannot fail.
     let mut line = |key: &str, value: &dyn std::fmt::Display| {
@@ -209,7 +222,12 @@ fn render(change: &DeviceChange<'_>) -> Zeroizing<String> {
     for PeerChange { key, what } in &change.peers {
         line("public_key", &HEXLOWER.encode(&key.0));
         match what {
-            PeerAction::Add { endpoint, allowed } => {
+            PeerAction::Add { endpoint, allowed, replaces } => {
+                if let Some(before) = replaces.filter(|_| extensions) {
+                    line("replaces", &HEXLOWER.encode(&before.0));
+                    // What it leaves is not left to the new one.
+                    line("replace_allowed_ips", &true);
+                }
                 if let Some(endpoint) = endpoint {
                     line("endpoint", endpoint);
                 }
@@ -282,6 +300,11 @@ fn parse_device(state: &mut DeviceState, key: &str, value: &str) -> Option<()> {
         }
         "listen_port" => state.port = value.parse().ok()?,
         "fwmark" => state.mark = value.parse().ok()?,
+        "previous_private_key" => {
+            let secret = StaticSecret::from(*parse_key(value)?);
+            state.previous = Some(WireguardKey(PublicKey::from(&secret).to_bytes()));
+        }
+        "clock_behind_sec" => state.behind = Some(Duration::from_secs(value.parse().ok()?)),
         _ => {}
     }
     Some(())
@@ -321,8 +344,10 @@ mod tests {
         let keys = DeviceKeys::load(dir.path()).unwrap_or_else(|e| panic!("{e}"));
         let net = |t: &str| BTreeSet::from([t.parse().unwrap()]);
         let peer = |n: u8, what| PeerChange { key: WireguardKey([n; 32]), what };
+        let pair = keys.get(DeviceNumber::new(1).unwrap()).unwrap();
         let change = DeviceChange {
-            key: keys.get(DeviceNumber::new(1).unwrap()),
+            key: Some(&pair.current),
+            previous: Some(&pair.current),
             port: Some(4511),
             mark: Some(0x0100_0000),
             peers: vec![
@@ -331,6 +356,7 @@ mod tests {
                     PeerAction::Add {
                         endpoint: Some("[2001:db8::1]:4511".parse().unwrap()),
                         allowed: net("10.0.0.0/8"),
+                        replaces: Some(WireguardKey([3; 32])),
                     },
                 ),
                 peer(
@@ -345,19 +371,25 @@ mod tests {
                 peer(3, PeerAction::Remove),
             ],
         };
-        let text = render(&change);
-        let hidden: Vec<&str> = text.lines().filter(|l| !l.starts_with("private_key=")).collect();
+        let text = render(&change, true);
+        let secrets = |l: &&str| l.starts_with("private_key=") || l.starts_with("previous_private_key=");
+        assert_eq!(text.lines().filter(secrets).count(), 2);
+        let hidden: Vec<&str> = text.lines().filter(|l| !secrets(l)).collect();
         let (one, two, three) = ("01".repeat(32), "02".repeat(32), "03".repeat(32));
         assert_eq!(
             hidden.join("\n"),
             format!(
-                "set=1\nlisten_port=4511\nfwmark=16777216\npublic_key={one}\nendpoint=[2001:db8::1]:4511\n\
+                "set=1\nlisten_port=4511\nfwmark=16777216\npublic_key={one}\nreplaces={three}\n\
+                 replace_allowed_ips=true\nendpoint=[2001:db8::1]:4511\n\
                  persistent_keepalive_interval=10\nallowed_ip=10.0.0.0/8\npublic_key={two}\nupdate_only=true\n\
                  persistent_keepalive_interval=10\nallowed_ip=fd00::/8\nallowed_ip=-10.1.0.0/16\npublic_key={three}\n\
                  remove=true\n"
             )
         );
         assert!(text.ends_with("\n\n"));
+        // For others nothing that they do not know.
+        let plain = render(&change, false);
+        assert!(has_extensions(&change) && !plain.contains("previous") && !plain.contains("replaces="));
     }
 
     #[test]

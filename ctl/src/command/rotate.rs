@@ -1,5 +1,7 @@
 //! New keys for old, under traffic.
 
+mod wireguard;
+
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,6 +19,7 @@ use crate::output::Printer;
 pub(super) fn rotate(printer: &Printer, args: &Rotate) -> Result<()> {
     match &args.what {
         RotateWhat::ClusterKey(args) => cluster_key(printer, args),
+        RotateWhat::Wireguard(args) => wireguard::rotate(printer, args),
     }
 }
 

@@ -1,11 +1,11 @@
 //! tombolo.dev/v1alpha1 ClusterSet: the object that makes a cluster a member.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
-use tombolo_agent_core::world::{ClustersetRanges, Reach};
-use tombolo_proto::model::{ClusterId, Prefix};
+use tombolo_agent_core::world::{ClustersetRanges, Reach, Topology};
+use tombolo_proto::model::{ClusterId, NodeName, Prefix};
 use tombolo_proto::trust::{RootChain, SetId};
 
 use super::{Kind, ObjectId, Problem, bad, envelope_text, own_meta, read_envelope};
@@ -41,11 +41,17 @@ pub struct ClusterSetSpec {
     /// exports or all.
     #[serde(default)]
     pub reach: Reach,
+    /// gateway or mesh.
+    #[serde(default)]
+    pub topology: Topology,
     /// Where a directory's ClusterSetIPs come from.
     pub clusterset: ClustersetRanges,
     /// Other ranges of this cluster that no other may own.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub reserved: BTreeSet<Prefix>,
+    /// Nodes that are to change their WireGuard keys, once for every number that is larger than the one before.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub rotations: BTreeMap<NodeName, u64>,
 }
 
 /// Where it lies.
@@ -62,8 +68,10 @@ pub fn write(value: &ClusterSet) -> Result<ClusterSetResource, Problem> {
         brokers: value.brokers.as_ref().map(envelope_text),
         revocations: value.revocations.as_ref().map(envelope_text),
         reach: value.reach,
+        topology: value.topology,
         clusterset: value.clusterset,
         reserved: value.reserved.clone(),
+        rotations: value.rotations.clone(),
     };
     Ok(ClusterSetResource { metadata: own_meta(&id()?), spec })
 }
@@ -81,7 +89,9 @@ pub fn read(object: &ClusterSetResource) -> Result<ClusterSet, Problem> {
         brokers: spec.brokers.as_ref().map(|b| read_envelope("brokers", b)).transpose()?,
         revocations: spec.revocations.as_ref().map(|r| read_envelope("revocations", r)).transpose()?,
         reach: spec.reach,
+        topology: spec.topology,
         clusterset: spec.clusterset,
         reserved: spec.reserved.clone(),
+        rotations: spec.rotations.clone(),
     })
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json as value};
 use tombolo_agent_core::object::{
     Condition, ExportStatus, Import, LocalKind, Preferences, ServiceKey, Slice, SliceKey, TunnelNode,
 };
-use tombolo_agent_core::world::{ClustersetRanges, Reach};
+use tombolo_agent_core::world::{ClustersetRanges, Reach, Topology};
 use tombolo_proto::model::{ClusterId, Family, Prefer, Record, RecordKey, ServiceType, Share};
 use tombolo_proto::testing::{
     any_backends, any_cluster, any_digest, any_endpoint, any_envelope, any_export, any_namespace, any_node,
@@ -133,12 +133,13 @@ proptest! {
         brokers in proptest::option::of(any_envelope()),
         revocations in proptest::option::of(any_envelope()),
         reserved in proptest::collection::btree_set(any_prefix(), 0..3),
+        rotations in proptest::collection::btree_map(any_node(), 0..u64::MAX, 0..3),
     ) {
         let clusterset = ClustersetRanges {
             v4: Some("198.19.0.0/16".parse().unwrap()),
             v6: Some("fd19:746f:6d62::/112".parse().unwrap()),
         };
-        let set = ClusterSet { set, cluster, roots, brokers, revocations, reach: Reach::All, clusterset, reserved };
+        let set = ClusterSet { set, cluster, roots, brokers, revocations, reach: Reach::All, topology: Topology::Mesh, clusterset, reserved, rotations };
         let object = json(&cluster_set::write(&set).unwrap());
         prop_assert_eq!(cluster_set::read(&typed(&object).unwrap()).unwrap(), set);
     }

@@ -1,4 +1,4 @@
-use tombolo_agent_core::world::{ClustersetRanges, Reach};
+use tombolo_agent_core::world::{ClustersetRanges, Reach, Topology};
 use tombolo_proto::testing::{self, cluster, first_roots, key, net};
 use tombolo_proto::trust::{Broker, Brokers, Grant, RootChain, Roots, ScopeDigest, SigningKey, root_hash};
 use tombolo_proto::wire::MembershipParts;
@@ -76,8 +76,10 @@ fn observed() -> Observed {
             brokers: None,
             revocations: None,
             reach: Reach::Exports,
+            topology: Topology::Gateway,
             clusterset: ClustersetRanges { v4: None, v6: None },
             reserved: BTreeSet::new(),
+            rotations: BTreeMap::new(),
         })),
         members: Known::Yes(BTreeMap::new()),
         member_nodes: Known::Yes(BTreeMap::new()),

@@ -1,6 +1,6 @@
 //! The cluster's key is another, and at no moment is there none that works.
 
-use tombolo_agent_core::world::{ClustersetRanges, Reach};
+use tombolo_agent_core::world::{ClustersetRanges, Reach, Topology};
 use tombolo_proto::testing::{binding, cluster, grant, set};
 use tombolo_proto::trust::{Membership, Revocations, SigningKey};
 
@@ -33,8 +33,10 @@ fn join(directory: &Directory, serial: u64, key: &SigningKey) -> Membership {
         brokers: None,
         revocations: None,
         reach: Reach::Exports,
+        topology: Topology::Gateway,
         clusterset: ClustersetRanges { v4: Some("198.19.0.0/16".parse().unwrap()), v6: None },
         reserved: BTreeSet::new(),
+        rotations: std::collections::BTreeMap::new(),
     };
     directory.join(&set, key, &object(&membership)).unwrap();
     membership

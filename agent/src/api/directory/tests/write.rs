@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use tombolo_agent_core::object::Condition;
-use tombolo_agent_core::world::{ClustersetRanges, Reach};
+use tombolo_agent_core::world::{ClustersetRanges, Reach, Topology};
 use tombolo_proto::model::{Backend, Family, Port, Protocol, ServiceType};
 use tombolo_proto::testing::{cluster, invitation, key as seed_key};
 
@@ -358,8 +358,10 @@ fn joined(directory: &Directory) -> (ClusterSet, SigningKey, Member) {
         brokers: Some(invitation.brokers.envelope().clone()),
         revocations: None,
         reach: Reach::Exports,
+        topology: Topology::Gateway,
         clusterset: ClustersetRanges { v4: Some("198.19.0.0/16".parse().unwrap()), v6: None },
         reserved: BTreeSet::new(),
+        rotations: BTreeMap::new(),
     };
     let member = Member {
         grant: membership.grant().envelope().clone(),

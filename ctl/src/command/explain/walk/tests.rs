@@ -11,7 +11,7 @@ use tombolo_agent_core::desired::Vip;
 use tombolo_agent_core::known::Known;
 use tombolo_agent_core::object::{Import, Slice, SliceKey};
 use tombolo_agent_core::plan;
-use tombolo_agent_core::world::{ClustersetRanges, Health, MemberNodes, NodeWorld, Reach};
+use tombolo_agent_core::world::{ClustersetRanges, Health, MemberNodes, NodeWorld, Reach, Topology};
 use tombolo_proto::model::{
     Backend, Device, DeviceFamily, DeviceNumber, Endpoint, Family, Lane, Namespace, Port, PortName, Rank,
     ServiceName, ServiceType, WireguardKey,
@@ -71,8 +71,10 @@ fn here(change: impl FnOnce(&mut Observed, &mut Members)) -> Here {
         brokers: None,
         revocations: None,
         reach: Reach::Exports,
+        topology: Topology::Gateway,
         clusterset: ranges,
         reserved: BTreeSet::new(),
+        rotations: BTreeMap::new(),
     };
     let import = Import {
         kind: ServiceType::ClusterSetIP,
