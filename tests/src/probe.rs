@@ -64,6 +64,11 @@ pub enum Report {
     Dns(DnsReport),
 }
 
+/// Room for seconds of packets, so that a prober or an echo server that gets no CPU for a moment is not what loses them.
+pub(crate) fn make_room(socket: &std::net::UdpSocket) -> nix::Result<()> {
+    nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::RcvBufForce, &(8 << 20))
+}
+
 /// Length of [`ProbePacket`] on the wire.
 pub const PROBE_LEN: usize = 32;
 const MAGIC: [u8; 8] = *b"tmblprb1";

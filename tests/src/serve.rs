@@ -29,6 +29,7 @@ pub fn serve(name: &str, port: u16) -> Result<()> {
     let udp = UdpSocket::bind(any(ECHO_PORT)).with_context(|| format!("UDP port {ECHO_PORT}"))?;
     let name: Arc<str> = name.into();
     std::thread::spawn(move || accept(&echo, echo_stream));
+    crate::probe::make_room(&udp)?;
     std::thread::spawn(move || echo_udp(&udp));
     accept(&http, move |stream| answer(stream, &name));
     Ok(())

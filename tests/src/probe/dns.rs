@@ -50,7 +50,7 @@ pub fn dns(pace: &Pace, question: &Question, expect: &[IpAddr], stop: &Stop) -> 
     let template = message(question, 0)?;
     let any = if pace.to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
     let socket = UdpSocket::bind(any)?;
-    let _ = socket2::SockRef::from(&socket).set_recv_buffer_size(4 << 20);
+    super::make_room(&socket)?;
     socket.connect(pace.to).with_context(|| format!("connecting to {}", pace.to))?;
     socket.set_read_timeout(Some(Duration::from_millis(50)))?;
     let (mut report, drained) = (DnsReport::default(), Stop::default());

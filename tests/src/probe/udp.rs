@@ -37,7 +37,7 @@ pub fn udp(pace: &Pace, size: usize, stop: &Stop) -> Result<UdpReport> {
     ensure!((PROBE_LEN..=65_000).contains(&size), "a payload of {size} bytes: give {PROBE_LEN} to 65000");
     let any = if pace.to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
     let socket = UdpSocket::bind(any)?;
-    let _ = socket2::SockRef::from(&socket).set_recv_buffer_size(4 << 20);
+    super::make_room(&socket)?;
     socket.connect(pace.to).with_context(|| format!("connecting to {}", pace.to))?;
     socket.set_read_timeout(Some(Duration::from_millis(50)))?;
     let flow = (u64::from(std::process::id()) << 32)
