@@ -419,9 +419,12 @@ fn exports_table(exports: &[ExportRow]) -> Table {
             let condition = e.conditions.iter().find(|c| c.kind == kind);
             condition.map_or("Unknown", |c| if c.status { "True" } else { "False" }).to_owned()
         };
-        // The message that a person should see: a conflict, or what keeps it from being exported.
+        // The message that a person should see: a conflict, what keeps it from being exported, or a preference that
+        // cannot be read.
         let wrong = |c: &&ConditionRow| c.status == (c.kind == "Conflict");
-        let message = e.conditions.iter().find(wrong).map(|c| c.message.clone()).unwrap_or_default();
+        let but = |c: &&ConditionRow| c.kind == "Ready" && c.message.contains(", but ");
+        let told = e.conditions.iter().find(wrong).or_else(|| e.conditions.iter().find(but));
+        let message = told.map(|c| c.message.clone()).unwrap_or_default();
         vec![
             e.namespace.clone(),
             e.name.clone(),

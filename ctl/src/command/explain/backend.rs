@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use serde::Serialize;
 use tombolo_agent_core::desired::{Balance, Vip};
 use tombolo_agent_core::object::{Import, ServiceKey, Slice, SliceKey};
+use tombolo_agent_core::plan::eligible::{Verdict, View};
 use tombolo_agent_core::zone::{Answer, Data, Kind, MAX_HOSTS, Zone};
 use tombolo_proto::model::{Backend, ClusterId, Family, Port, ServiceType};
 
@@ -40,13 +41,15 @@ pub(in crate::command) fn rows(here: &Here, key: &ServiceKey, import: &Import) -
     let none = BTreeMap::new();
     let slices = here.observed.slices.get().unwrap_or(&none);
     let of: Vec<(&SliceKey, &Slice)> = slices.iter().filter(|(k, _)| k.service == *key).collect();
+    let counted: Vec<(&SliceKey, &Slice)> =
+        of.iter().copied().filter(|(k, _)| here.members.nodes.contains_key(&k.source)).collect();
     for (slice_key, slice) in &of {
         for backend in &slice.backends {
             let used = match import.kind {
                 ServiceType::ClusterSetIP => balanced.contains(&backend.address),
                 ServiceType::Headless => named.contains(&backend.address),
             };
-            let reason = why_not(here, import, slice_key, slice, backend, used);
+            let reason = why_not(here, import, &counted, (slice_key, slice, backend), used);
             rows.push(Row {
                 address: Some(backend.address),
                 cluster: Some(slice_key.source.clone()),
@@ -104,7 +107,9 @@ fn clusterset_ip(
                 .to_owned()
         }
         (true, Some(0)) => "no backend is eligible: connections are refused".to_owned(),
-        (true, Some(n)) => format!("ClusterSetIP, over {n} eligible backends on this node"),
+        (true, Some(n)) => {
+            format!("ClusterSetIP, over {n} eligible backends on this node{}", weighted(&own))
+        }
     };
     Row {
         address: Some(ip),
@@ -115,13 +120,18 @@ fn clusterset_ip(
     }
 }
 
+/// Where they do not all get the same.
+fn weighted(balances: &[&&Balance]) -> &'static str {
+    let all = || balances.iter().flat_map(|b| b.backends.values());
+    if all().min() == all().max() { "" } else { ", by weight (tombolo.dev/weight)" }
+}
+
 /// None if it is used.
 fn why_not(
     here: &Here,
     import: &Import,
-    key: &SliceKey,
-    slice: &Slice,
-    backend: &Backend,
+    all: &[(&SliceKey, &Slice)],
+    (key, slice, backend): (&SliceKey, &Slice, &Backend),
     used: bool,
 ) -> Option<String> {
     let family = |f: Family| match f {
@@ -149,6 +159,9 @@ fn why_not(
     if used {
         return None;
     }
+    if let Some(left) = left_out(here, import, all, key, slice) {
+        return Some(left);
+    }
     Some(match import.kind {
         ServiceType::ClusterSetIP if exposed(import, slice).is_empty() => {
             "none of its ports is one of the service's: they lost a port conflict".to_owned()
@@ -161,6 +174,41 @@ fn why_not(
         ServiceType::Headless => {
             format!("beyond the {MAX_HOSTS} that the bare name answers with; its own name has it")
         }
+    })
+}
+
+/// Why a cluster's ready backends are not eligible: the agent's own judgement (`docs/preferences.md`).
+fn left_out(
+    here: &Here,
+    import: &Import,
+    all: &[(&SliceKey, &Slice)],
+    key: &SliceKey,
+    slice: &Slice,
+) -> Option<String> {
+    let unreached = here.unreached();
+    let view = View { cluster: &here.set.cluster, unreached: &unreached };
+    let verdicts: Vec<Verdict> = match import.kind {
+        ServiceType::Headless => view.of_service(import, all).get(&key.source).copied().into_iter().collect(),
+        ServiceType::ClusterSetIP => {
+            let of = |port| view.of_port(import, all, port, key.family).get(&key.source).copied();
+            exposed(import, slice).into_iter().filter_map(of).collect()
+        }
+    };
+    let verdict = verdicts.into_iter().find(|verdict| *verdict != Verdict::Used)?;
+    Some(match verdict {
+        Verdict::Used => return None,
+        Verdict::Unreached => {
+            format!("no way leads to cluster {} now, and another cluster has the service", key.source)
+        }
+        Verdict::NotLocal => {
+            "the service prefers local backends (tombolo.dev/prefer), and this cluster has some".to_owned()
+        }
+        Verdict::Passive(best) => format!(
+            "cluster {} has priority {} (tombolo.dev/priority), and backends of priority {} are there",
+            key.source,
+            import.preferences.share(&key.source).priority.get(),
+            best.get()
+        ),
     })
 }
 

@@ -1,6 +1,6 @@
 //! This node and its cluster as the agent sees them: the same world, planned again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -12,6 +12,7 @@ use tombolo_agent::observe::netlink::Underlay;
 use tombolo_agent_core::desired::NodeDesired;
 use tombolo_agent_core::known::Known;
 use tombolo_agent_core::plan;
+use tombolo_agent_core::plan::eligible::unreached;
 use tombolo_agent_core::world::{MemberNodes, NodeWorld};
 use tombolo_proto::model::{ClusterId, NodeName};
 use tombolo_proto::trust::RootChain;
@@ -61,6 +62,12 @@ impl Here {
     /// The own cluster's ranges and nodes, as stated.
     pub(super) fn own(&self) -> Option<&MemberNodes> {
         self.members.nodes.get(&self.set.cluster)
+    }
+
+    /// Clusters that no way from this node leads to, as far as is known.
+    pub(super) fn unreached(&self) -> BTreeSet<ClusterId> {
+        let none = BTreeMap::new();
+        unreached(&self.world, self.desired.devices.get().unwrap_or(&none))
     }
 
     /// Whose ranges an address lies in.
