@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 pub use dns::{DnsReport, Question, ask, dns};
 pub use ping::{Echo, ping};
 pub use tcp::{TcpReport, tcp};
-pub use udp::{UdpReport, udp};
+pub use udp::{Loss, UdpReport, udp};
 
 /// How a probe runs.
 #[derive(Debug, Clone)]

@@ -38,8 +38,12 @@ fn missing(flows: Vec<Flow>) -> Result<f64> {
     let mut missing = 0;
     for flow in flows {
         match flow.stop()? {
-            tombolo_lab::probe::Report::Udp(report) => missing += report.lost,
+            tombolo_lab::probe::Report::Udp(report) => {
+                eprintln!("{report:?}");
+                missing += report.lost;
+            }
             tombolo_lab::probe::Report::Dns(report) => {
+                eprintln!("{report:?}");
                 missing += report.refused + report.unanswered + report.empty;
             }
             tombolo_lab::probe::Report::Tcp(report) => ensure!(report.broken.is_none(), "{report:?}"),

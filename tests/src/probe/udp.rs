@@ -27,7 +27,22 @@ pub struct UdpReport {
     pub reordered: u64,
     /// The longest time between two echoes, in milliseconds.
     pub largest_gap_ms: f64,
+    /// Where packets in a row were lost: the first few such places.
+    #[serde(default)]
+    pub losses: Vec<Loss>,
 }
+
+/// Packets in a row that were lost.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Loss {
+    /// When the first was due, in milliseconds after the start.
+    pub at_ms: u64,
+    /// How many.
+    pub packets: u64,
+}
+
+/// As many places are told.
+const PLACES: usize = 8;
 
 /// Runs a UDP probe with payloads of so many bytes.
 ///
@@ -62,7 +77,27 @@ pub fn udp(pace: &Pace, size: usize, stop: &Stop) -> Result<UdpReport> {
     report.duplicated = received.duplicated;
     report.reordered = received.reordered;
     report.largest_gap_ms = ms(received.gap);
+    report.losses = losses(&received.seen, report.sent, pace.rate);
     Ok(report)
+}
+
+fn losses(seen: &[u64], sent: u64, rate: u32) -> Vec<Loss> {
+    let mut losses: Vec<(u64, Loss)> = Vec::new();
+    for sequence in 0..sent {
+        if seen.get((sequence / 64) as usize).is_some_and(|word| word & (1 << (sequence % 64)) != 0) {
+            continue;
+        }
+        if let Some((end, last)) = losses.last_mut().filter(|(end, _)| *end == sequence) {
+            last.packets += 1;
+            *end += 1;
+        } else if losses.len() < PLACES {
+            let at_ms = sequence * 1000 / u64::from(rate.max(1));
+            losses.push((sequence + 1, Loss { at_ms, packets: 1 }));
+        } else {
+            break;
+        }
+    }
+    losses.into_iter().map(|(_, loss)| loss).collect()
 }
 
 #[derive(Default)]
@@ -72,11 +107,12 @@ struct Received {
     reordered: u64,
     count: u64,
     gap: Duration,
+    /// A bit for each number.
+    seen: Vec<u64>,
 }
 
 fn receive(socket: &UdpSocket, flow: u64, drained: &Stop) -> Received {
     let mut received = Received::default();
-    let mut seen: Vec<u64> = Vec::new();
     let (mut highest, mut last) = (None, None::<Instant>);
     let mut buffer = vec![0; 65_536];
     while !drained.is_set() {
@@ -88,14 +124,14 @@ fn receive(socket: &UdpSocket, flow: u64, drained: &Stop) -> Received {
         last = Some(now);
         received.count = received.count.max(packet.count);
         let (word, bit) = ((packet.sequence / 64) as usize, 1 << (packet.sequence % 64));
-        if word >= seen.len() {
-            seen.resize(word + 1, 0);
+        if word >= received.seen.len() {
+            received.seen.resize(word + 1, 0);
         }
-        if seen[word] & bit != 0 {
+        if received.seen[word] & bit != 0 {
             received.duplicated += 1;
             continue;
         }
-        seen[word] |= bit;
+        received.seen[word] |= bit;
         received.returned += 1;
         if highest.is_some_and(|highest| packet.sequence < highest) {
             received.reordered += 1;
@@ -134,6 +170,7 @@ mod tests {
         assert!(report.sent >= 250, "{report:?}");
         assert_eq!(report.lost, report.sent / 10, "{report:?}");
         assert_eq!(report.duplicated, 1, "{report:?}");
+        assert_eq!(report.losses[..2], [Loss { at_ms: 9, packets: 1 }, Loss { at_ms: 19, packets: 1 }]);
         // If the very last packet is one that is not echoed, no later echo tells that it had arrived.
         assert!(report.lost_out <= 1, "{report:?}");
     }
