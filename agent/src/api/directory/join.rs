@@ -1,9 +1,10 @@
 //! What makes a directory a member.
 
 use tombolo_proto::trust::SigningKey;
+use tombolo_proto::wire::MembershipParts;
 
 use super::{Directory, own, put_member};
-use crate::api::kind::{cluster_set, json, member, secret};
+use crate::api::kind::{cluster_set, json, member, secret, typed};
 use crate::api::{ClusterSet, Error, Member};
 
 impl Directory {
@@ -25,14 +26,23 @@ impl Directory {
             });
         }
         let set_value = json(&own(cluster_set::write(set))?);
-        let member_value = json(&own(member::write(&set.cluster, own_member))?);
         // A key that is replaced is kept until the Member that binds the new one is on the disk.
         let mut version = self.keys_version()?;
         let held = self.read_cluster_key()?;
         let replaced = held.as_ref().filter(|held| held.public() != key.public());
         version = Some(self.swap_keys(version.as_ref(), key, replaced)?);
         self.store.transact(|t| {
-            put_member(t, &set.cluster, &member_id, member_value, &std::collections::BTreeMap::new())?;
+            let there = t.get(&member_id)?.flatten();
+            let there =
+                there.and_then(|value| member::read(&typed(&value).ok()?).ok()).map(|(_, member)| member);
+            match there.and_then(|there| spoken_under(there, own_member)) {
+                // What it said stays, and with it ranks and tunnel addresses, until it speaks under the new grant.
+                Some(member) => t.put(&member_id, json(&own(member::write(&set.cluster, &member))?))?,
+                None => {
+                    let value = json(&own(member::write(&set.cluster, own_member))?);
+                    put_member(t, &set.cluster, &member_id, value, &std::collections::BTreeMap::new())?;
+                }
+            }
             t.swap(&set_id, set_value, known.as_ref().map(|known| &known.version))?;
             Ok(())
         })?;
@@ -75,4 +85,15 @@ impl Directory {
         })?;
         Ok(())
     }
+}
+
+/// The new membership with what was said under the old one; None if nothing was.
+fn spoken_under(old: Member, new: &Member) -> Option<Member> {
+    let statement = old.statement?;
+    let spoken = match old.spoken {
+        Some(spoken) => Some(spoken),
+        None if old.grant == new.grant => None,
+        None => Some(MembershipParts { grant: old.grant, bindings: old.bindings }),
+    };
+    Some(Member { spoken, statement: Some(statement), namespaces: old.namespaces, ..new.clone() })
 }

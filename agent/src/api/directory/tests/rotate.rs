@@ -164,3 +164,30 @@ async fn who_may_not_speak_rotates_nothing() {
     let error = directory.rotate_cluster_key().unwrap_err().to_string();
     assert!(error.contains("revoked"), "{error}");
 }
+
+#[tokio::test]
+async fn joining_by_a_newer_grant_keeps_what_was_said() {
+    let (_temporary, directory) = directory();
+    let before = join(&directory, 1, &key(40));
+    let record = |name: &str| {
+        let key = RecordKey::new(1, &[name]).unwrap();
+        (key.clone(), Record { key, body: vec![7; 30].into() })
+    };
+    let nodes: BTreeMap<_, _> = [record("a"), record("b")].into();
+    let said = Member {
+        statement: Some(before.bindings()[0].envelope().clone()),
+        namespaces: Some(tombolo_proto::trust::record_hash(b"x")),
+        ..object(&before)
+    };
+    directory.write_member(&cluster("eu"), &said, &nodes).await.unwrap();
+    // With its key and with another: ranks and tunnel addresses hang on what was said.
+    for (serial, seed) in [(2, 40), (3, 41)] {
+        join(&directory, serial, &key(seed));
+        works(&directory);
+        let read = directory.read();
+        let member = &read.members.get().unwrap()[&cluster("eu")];
+        assert_eq!((&member.statement, &member.namespaces), (&said.statement, &said.namespaces));
+        assert_eq!(member.spoken.as_ref().unwrap().grant, said.grant);
+        assert_eq!(read.member_nodes.get().unwrap()[&cluster("eu")], nodes);
+    }
+}
