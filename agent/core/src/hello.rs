@@ -35,8 +35,12 @@ const HEAD: usize = 13;
 const CANNOT_REACH: u8 = 1;
 const POSITION: u8 = 2;
 const SEEN: u8 = 3;
-/// Clusters it cannot reach: at most so many are told.
+const UNTRIED: u8 = 4;
+/// Clusters it cannot reach, or has not yet: at most so many are told.
 const MAX_CANNOT_REACH: usize = 12;
+/// What a cluster's own nodes say it has said is missed here after so long. Nodes learn positions late, since they are
+/// kept seldom ([`crate::keep::POSITION_EVERY`]), and say them in intervals.
+pub const WITHHELD: Duration = Duration::from_secs(30);
 /// Devices of one peer.
 const MAX_SEEN: usize = 8;
 
@@ -47,6 +51,8 @@ pub struct Hello {
     pub number: u64,
     /// Clusters that the sender has no live tunnel to.
     pub cannot_reach: BTreeSet<ClusterId>,
+    /// Clusters to which none of the sender's tunnels has ever answered.
+    pub untried: BTreeSet<ClusterId>,
     /// How far the sender has heard of each cluster; some, if there are many.
     pub positions: BTreeMap<ClusterId, Position>,
     /// From which address each device of the receiver is heard.
@@ -73,6 +79,10 @@ impl Hello {
         out.extend_from_slice(&self.number.to_be_bytes());
         for cluster in self.cannot_reach.iter().take(MAX_CANNOT_REACH) {
             field(&mut out, CANNOT_REACH, cluster.as_str().as_bytes());
+        }
+        let left = MAX_CANNOT_REACH.saturating_sub(self.cannot_reach.len());
+        for cluster in self.untried.iter().take(left) {
+            field(&mut out, UNTRIED, cluster.as_str().as_bytes());
         }
         for (number, address) in self.seen.iter().take(MAX_SEEN) {
             let mut value = vec![number.get()];
@@ -125,6 +135,7 @@ impl Hello {
         let mut value = Reader(rest.take(length)?);
         match u8::try_from(kind).ok()? {
             CANNOT_REACH => drop(self.cannot_reach.insert(value.cluster()?)),
+            UNTRIED => drop(self.untried.insert(value.cluster()?)),
             POSITION => {
                 let position = Position {
                     serial: value.number(8)?,
@@ -150,7 +161,7 @@ impl Hello {
     }
 
     fn says_the_same(&self, other: &Self) -> bool {
-        self.cannot_reach == other.cannot_reach && self.seen == other.seen
+        self.cannot_reach == other.cannot_reach && self.untried == other.untried && self.seen == other.seen
     }
 }
 
@@ -201,6 +212,23 @@ pub fn cannot_reach(
     lives.into_iter().filter(|(_, lives)| !lives).map(|(cluster, _)| cluster.clone()).collect()
 }
 
+/// Clusters to whose gateways this node has tunnels of its own, none of which has ever answered.
+pub fn untried(
+    devices: &BTreeMap<DeviceNumber, TunnelDevice>,
+    dead: &BTreeSet<PeerId>,
+    alive: &BTreeSet<PeerId>,
+) -> BTreeSet<ClusterId> {
+    let mut tried: BTreeMap<&ClusterId, bool> = BTreeMap::new();
+    let carries = |n: &DeviceNumber| n.family() == DeviceFamily::Out && n.rank().is_gateway();
+    for (number, device) in devices.iter().filter(|(n, _)| carries(n)) {
+        for (key, peer) in &device.peers {
+            let id = (*number, *key);
+            *tried.entry(&peer.node.cluster).or_default() |= dead.contains(&id) || alive.contains(&id);
+        }
+    }
+    tried.into_iter().filter(|(_, tried)| !tried).map(|(cluster, _)| cluster.clone()).collect()
+}
+
 /// What was said and heard: to whom a hello is due, and what others' hellos tell.
 #[derive(Debug)]
 pub struct Hellos {
@@ -211,6 +239,8 @@ pub struct Hellos {
     turn: usize,
     peers: BTreeMap<PeerId, Peer>,
     heard: BTreeMap<NodeKey, (Duration, Hello)>,
+    /// By other cluster: the position that it says it has come to and that is not here, and since when.
+    ahead: BTreeMap<ClusterId, (Position, Duration)>,
 }
 
 #[derive(Debug)]
@@ -240,6 +270,7 @@ impl Hellos {
             turn: 0,
             peers: BTreeMap::new(),
             heard: BTreeMap::new(),
+            ahead: BTreeMap::new(),
         }
     }
 
@@ -256,18 +287,21 @@ impl Hellos {
         }
         let nodes: BTreeSet<&NodeKey> = peers.values().collect();
         self.heard.retain(|node, _| nodes.contains(node));
+        self.ahead.retain(|cluster, _| nodes.iter().any(|node| node.cluster == *cluster));
     }
 
     /// What all are told. News of reach is told at once, positions with the next hello.
     pub fn handle_content(
         &mut self,
         now: Duration,
-        cannot_reach: BTreeSet<ClusterId>,
+        (cannot_reach, untried): (BTreeSet<ClusterId>, BTreeSet<ClusterId>),
         positions: BTreeMap<ClusterId, Position>,
     ) {
+        self.ahead.retain(|cluster, (said, _)| positions.get(cluster).is_none_or(|here| *here < *said));
         self.common.positions = positions;
-        if self.common.cannot_reach != cannot_reach {
+        if self.common.cannot_reach != cannot_reach || self.common.untried != untried {
             self.common.cannot_reach = cannot_reach;
+            self.common.untried = untried;
             self.peers.values_mut().for_each(|peer| peer.hurry(now));
         }
     }
@@ -291,6 +325,15 @@ impl Hellos {
         {
             return false;
         }
+        // A cluster is believed about itself alone: nobody can raise an alarm about another. The first position that is
+        // missed counts until it is here.
+        let cluster = &peer.node.cluster;
+        if *cluster != self.cluster
+            && let Some(said) = hello.positions.get(cluster)
+            && self.common.positions.get(cluster).is_none_or(|here| here < said)
+        {
+            self.ahead.entry(cluster.clone()).or_insert((*said, now));
+        }
         let before = self.heard.insert(peer.node.clone(), (now, hello.clone()));
         before.is_none_or(|(at, before)| now >= at + VALIDITY || !before.says_the_same(&hello))
     }
@@ -313,17 +356,30 @@ impl Hellos {
     pub fn poll_timeout(&self, now: Duration) -> Option<Duration> {
         let due = self.peers.values().filter_map(|peer| peer.due.last().copied());
         let expiry = self.heard.values().map(|(at, _)| *at + VALIDITY).filter(|at| *at > now);
-        due.chain(expiry).min()
+        let late = self.ahead.values().map(|(_, since)| *since + WITHHELD).filter(|at| *at > now);
+        due.chain(expiry).chain(late).min()
+    }
+
+    /// What clusters say they have said and what is not here after [`WITHHELD`].
+    pub fn withheld(&self, now: Duration) -> BTreeMap<ClusterId, Position> {
+        let late = |(_, since): &(Position, Duration)| now >= *since + WITHHELD;
+        self.ahead.iter().filter(|(_, ahead)| late(ahead)).map(|(c, (said, _))| (c.clone(), *said)).collect()
     }
 
     /// What own nodes with a hello not older than [`VALIDITY`] say that they cannot reach. One without is not in here:
     /// unknown is not "nothing".
     pub fn unreachable(&self, now: Duration) -> BTreeMap<NodeName, BTreeSet<ClusterId>> {
-        self.heard
-            .iter()
-            .filter(|(node, (at, _))| node.cluster == self.cluster && now < *at + VALIDITY)
-            .map(|(node, (_, hello))| (node.node.clone(), hello.cannot_reach.clone()))
-            .collect()
+        self.own(now).map(|(node, hello)| (node, hello.cannot_reach.clone())).collect()
+    }
+
+    /// The same for clusters to which none of their tunnels has ever answered.
+    pub fn untried(&self, now: Duration) -> BTreeMap<NodeName, BTreeSet<ClusterId>> {
+        self.own(now).map(|(node, hello)| (node, hello.untried.clone())).collect()
+    }
+
+    fn own(&self, now: Duration) -> impl Iterator<Item = (NodeName, &Hello)> {
+        let own = self.heard(now).filter(|(node, _)| node.cluster == self.cluster);
+        own.map(|(node, hello)| (node.node.clone(), hello))
     }
 
     /// What was heard and still holds.
@@ -391,6 +447,7 @@ mod tests {
         (
             any::<u64>(),
             prop::collection::btree_set(name.clone(), 0..MAX_CANNOT_REACH),
+            prop::collection::btree_set(name.clone(), 0..MAX_CANNOT_REACH),
             prop::collection::btree_map(name, position, 0..40),
             prop::collection::btree_map(
                 device,
@@ -398,12 +455,52 @@ mod tests {
                 0..MAX_SEEN,
             ),
         )
-            .prop_map(|(number, cannot_reach, positions, seen)| Hello {
+            .prop_map(|(number, cannot_reach, untried, positions, seen)| Hello {
                 number,
                 cannot_reach,
+                untried,
                 positions,
                 seen,
             })
+    }
+
+    #[test]
+    fn what_a_cluster_says_of_itself_is_missed_after_a_while() {
+        let at = |sequence| Position { serial: 1, generation: 0, epoch: 1, sequence };
+        let mut hellos = hellos();
+        let mut number = 0;
+        let mut says = |hellos: &mut Hellos, now, peer, about: &str, sequence| {
+            number += 1;
+            let positions = BTreeMap::from([(cluster(about), at(sequence))]);
+            hellos.handle_hello(now, peer, Hello { number, positions, ..Hello::default() });
+        };
+        let here = |hellos: &mut Hellos, now, sequence| {
+            let positions = BTreeMap::from([(cluster("b"), at(sequence))]);
+            hellos.handle_content(now, Default::default(), positions);
+        };
+        let withheld = |hellos: &Hellos, now| hellos.withheld(now).get(&cluster("b")).copied();
+        here(&mut hellos, ms(0), 5);
+        says(&mut hellos, ms(0), id(3), "b", 5);
+        assert_eq!(withheld(&hellos, ms(1_000_000)), None, "it is here");
+        says(&mut hellos, ms(1_000), id(3), "b", 6);
+        says(&mut hellos, ms(20_000), id(3), "b", 9);
+        assert_eq!(withheld(&hellos, ms(30_999)), None);
+        assert!(hellos.poll_timeout(ms(30_999)).is_some_and(|at| at <= ms(31_000)));
+        assert_eq!(withheld(&hellos, ms(31_000)), Some(at(6)), "the first that is missed");
+        // Something newer came: what is newer still is waited for anew.
+        here(&mut hellos, ms(32_000), 7);
+        assert_eq!(withheld(&hellos, ms(32_000)), None);
+        says(&mut hellos, ms(33_000), id(3), "b", 9);
+        assert_eq!(withheld(&hellos, ms(62_999)), None);
+        here(&mut hellos, ms(62_999), 9);
+        assert_eq!(withheld(&hellos, ms(100_000)), None);
+        // Nobody is believed about another.
+        says(&mut hellos, ms(101_000), id(3), "c", 99);
+        says(&mut hellos, ms(101_000), id(1), "b", 99);
+        assert!(hellos.withheld(ms(1_000_000)).is_empty());
+        says(&mut hellos, ms(102_000), id(3), "b", 99);
+        hellos.handle_peers(ms(103_000), &BTreeMap::new());
+        assert!(hellos.withheld(ms(1_000_000)).is_empty(), "it is gone");
     }
 
     proptest! {
@@ -414,6 +511,9 @@ mod tests {
             let read = Hello::decode(&bytes).unwrap();
             prop_assert_eq!(read.number, hello.number);
             prop_assert_eq!(&read.cannot_reach, &hello.cannot_reach);
+            prop_assert!(read.untried.is_subset(&hello.untried));
+            let room = MAX_CANNOT_REACH - hello.cannot_reach.len();
+            prop_assert_eq!(read.untried.len(), hello.untried.len().min(room));
             prop_assert_eq!(&read.seen, &hello.seen);
             prop_assert!(read.positions.iter().all(|(c, p)| hello.positions.get(c) == Some(p)));
             prop_assert!(hello.positions.is_empty() || !read.positions.is_empty());
@@ -453,7 +553,7 @@ mod tests {
         assert_eq!(sent(&mut hellos, ms(0)).len(), 3);
         assert_eq!(sent(&mut hellos, ms(500)).len(), 3);
         assert_eq!(hellos.poll_timeout(ms(500)), Some(ms(10_500)));
-        hellos.handle_content(ms(2000), clusters(&["b"]), BTreeMap::new());
+        hellos.handle_content(ms(2000), (clusters(&["b"]), BTreeSet::new()), BTreeMap::new());
         for now in [2000, 2100, 2400, 12_400] {
             assert_eq!(hellos.poll_timeout(ms(now) - ms(1)), Some(ms(now)));
             let list = sent(&mut hellos, ms(now));
@@ -462,7 +562,7 @@ mod tests {
                 "{list:?}"
             );
         }
-        hellos.handle_content(ms(13_000), clusters(&["b"]), BTreeMap::new());
+        hellos.handle_content(ms(13_000), (clusters(&["b"]), BTreeSet::new()), BTreeMap::new());
         assert_eq!(sent(&mut hellos, ms(13_000)).len(), 0);
     }
 
@@ -473,7 +573,7 @@ mod tests {
         for now in 0..1000 {
             hellos.handle_content(
                 ms(now),
-                clusters(if now % 2 == 0 { &["b"] } else { &[] }),
+                (clusters(if now % 2 == 0 { &["b"] } else { &[] }), BTreeSet::new()),
                 BTreeMap::new(),
             );
             count += sent(&mut hellos, ms(now)).len();

@@ -31,7 +31,7 @@ use crate::tell::Part;
 
 mod desk;
 mod hands;
-mod queue;
+pub(super) mod queue;
 
 /// Changes that come together are planned together.
 const DEBOUNCE: Duration = Duration::from_millis(5);

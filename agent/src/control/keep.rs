@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use tombolo_agent_core::keep::{self, Kept, Rewrite};
@@ -12,10 +12,14 @@ use tombolo_proto::wire::{Documents, MembershipParts, decode_grant, decode_state
 use tombolo_replica::{Interest, OriginState, Quota, Replica};
 use tracing::{info, warn};
 
+use super::cluster::queue::Credit;
 use super::lead::Fence;
 use super::session::Shared;
 use crate::api::{ClusterApi, ClusterSet, Member};
 use crate::observe::origin::View;
+
+/// Nodes that one cluster may state: every node of every cluster judges each of them.
+const MAX_NODES: usize = 600;
 
 /// Writes of one pass: every one is tried, the first problem is told. None is begun once the lead is lost.
 pub(super) struct Writes<'a> {
@@ -67,12 +71,22 @@ pub(super) struct Keeper {
     own: Option<Grant>,
     /// When each Member was written, since the lead was taken.
     written: BTreeMap<ClusterId, Duration>,
+    /// Time that writing other clusters' Members may take.
+    credits: BTreeMap<ClusterId, Credit>,
 }
 
 impl Keeper {
     /// Nothing heard yet.
     pub(super) fn new(api: Arc<dyn ClusterApi>, shared: Arc<Shared>, cluster: ClusterId) -> Self {
-        Self { api, shared, cluster, heard: None, own: None, written: BTreeMap::new() }
+        Self {
+            api,
+            shared,
+            cluster,
+            heard: None,
+            own: None,
+            written: BTreeMap::new(),
+            credits: BTreeMap::new(),
+        }
     }
 
     /// Takes what is kept, by whomever it was written: `tombolo join` brings newer grants while this runs. What was
@@ -160,9 +174,34 @@ impl Keeper {
             (View::of(replica), floors)
         });
         self.written.retain(|cluster, _| view.states.contains_key(cluster));
+        self.credits.retain(|cluster, _| view.states.contains_key(cluster));
         let empty = BTreeMap::new();
         let mut due = None;
-        for (cluster, state) in &view.states {
+        // Who has not spoken yet owns its ranges all the same: nodes must know that nothing goes there in clear.
+        for cluster in view.clusters().into_iter().filter(|cluster| !view.states.contains_key(*cluster)) {
+            let Some(newest) = view.newest(cluster) else { continue };
+            let MembershipParts { grant, bindings } = parts(newest);
+            let member = Member { grant, bindings, spoken: None, statement: None, namespaces: None };
+            // What it said once is kept until it speaks again.
+            let keeps = |old: &Member| old.statement.is_some() || *old == member;
+            if *cluster == self.cluster || members.get(cluster).is_some_and(keeps) {
+                continue;
+            }
+            let write = self.api.write_member(cluster, &member, &empty);
+            if let Some(applied) = writes.attempt("a Member is not kept", write).await
+                && !applied.is_nothing()
+            {
+                info!(%cluster, "a member that has not spoken yet");
+            }
+        }
+        // The own one first; of others nobody takes more than a share of the time.
+        let own = view.states.get_key_value(&self.cluster);
+        let others = view.states.iter().filter(|(cluster, _)| **cluster != self.cluster);
+        for (cluster, state) in own.into_iter().chain(others) {
+            if let Some(credit) = self.credits.get(cluster).filter(|credit| credit.due() > now) {
+                due = Some(due.map_or(credit.due(), |due: Duration| due.min(credit.due())));
+                continue;
+            }
             let Some(member) = member_of(&view, cluster, state) else { continue };
             let stored_nodes = member_nodes.get(cluster).unwrap_or(&empty);
             let written = self.written.get(cluster).copied();
@@ -182,8 +221,14 @@ impl Keeper {
                 .flat_map(|records| records.iter())
                 .map(|(key, body)| (key.clone(), Record { key: key.clone(), body: body.clone() }))
                 .collect();
+            let begun = Instant::now();
             let write = self.api.write_member(cluster, &member, &nodes);
-            let Some(applied) = writes.attempt("a Member is not kept", write).await else { continue };
+            let written = writes.attempt("a Member is not kept", write).await;
+            let used = begun.elapsed();
+            if *cluster != self.cluster {
+                self.credits.entry(cluster.clone()).or_insert_with(Credit::new).charge(now + used, used);
+            }
+            let Some(applied) = written else { continue };
             self.written.insert(cluster.clone(), now);
             if !applied.is_nothing() {
                 info!(%cluster, position = %state.position(), nodes = nodes.len(), "verified and kept");
@@ -294,6 +339,6 @@ pub(super) fn replica(clusterset: &ClusterSet) -> Result<Replica> {
         );
     };
     let nothing = Interest::Namespaces(Default::default());
-    let quota = Quota { records: 40_000, bytes: 16 * 1024 * 1024, ..Quota::default() };
+    let quota = Quota { nodes: MAX_NODES, records: 40_000, bytes: 16 * 1024 * 1024, ..Quota::default() };
     Ok(Replica::new(roots, nothing).with_own(clusterset.cluster.clone()).with_quota(quota))
 }

@@ -64,7 +64,8 @@ pub async fn run(
         let known = memory.answers();
         let (answers, heard) = watch::channel(known.clone());
         let (health, healths) =
-            watch::channel(Health { dead: known.dead, alive: known.alive, unreachable: Default::default() });
+            watch::channel(Health { dead: known.dead, alive: known.alive, ..Health::default() });
+        let (withheld, missed) = watch::channel(Default::default());
         {
             // For reading alone: what it writes is not counted.
             let Options { devices, sockets, .. } = options(&config);
@@ -75,13 +76,14 @@ pub async fn run(
                 liveness::run(rosters, driver, memory, answers, stop).await.context("liveness")
             });
             tasks.spawn(async move {
-                hello::run(rosters2, driver2, heard, health, stop2).await.context("hellos")
+                hello::run(rosters2, driver2, heard, health, withheld, stop2).await.context("hellos")
             });
         }
         let node = node::Node {
             roster,
             health: healths,
-            cache,
+            withheld: missed,
+            cache: Some(cache),
             name: name.clone(),
             api: api.clone(),
             appliers,

@@ -1,21 +1,26 @@
 //! The node's loop: observe, plan, apply; the newest value wins.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::watch;
+use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tombolo_agent_core::desired::NodeDesired;
-use tombolo_agent_core::finding::Finding;
+use tombolo_agent_core::finding::{Finding, Severity};
+use tombolo_agent_core::hello::WITHHELD;
 use tombolo_agent_core::known::{Known, Section};
 use tombolo_agent_core::object::TunnelNode;
-use tombolo_agent_core::plan;
+use tombolo_agent_core::plan::{self, eligible};
+use tombolo_agent_core::steady::Steady;
 use tombolo_agent_core::world::{Health, MemberNodes, NodeWorld, Reach};
 use tombolo_agent_core::zone::Zone;
-use tombolo_proto::model::{Device, DeviceNumber, Endpoint, Family, NodeName, Prefix, Rank};
+use tombolo_proto::model::{
+    ClusterId, Device, DeviceNumber, Endpoint, Family, NodeName, Position, Prefix, Rank,
+};
 use tracing::{debug, info, warn};
 
 use crate::admin::{Planned, Shown};
@@ -39,6 +44,8 @@ const ATTEMPT: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(2);
 /// The cache is written so often at most.
 const SAVE: Duration = Duration::from_secs(5);
+/// After it took long, so many times as long is waited.
+const SAVE_PAUSE: u32 = 20;
 /// A slow resync heals what no event told.
 const RESYNC: Duration = Duration::from_secs(30);
 /// After a pass that failed in part; doubled up to [`RETRY_MAX`].
@@ -57,14 +64,16 @@ pub struct Node {
     pub monitor: Monitor,
     /// Of its devices.
     pub keys: Arc<DeviceKeys>,
-    /// What it starts from while the API cannot be read.
-    pub cache: Cache,
+    /// What it starts from while the API cannot be read; none while it is being written.
+    pub cache: Option<Cache>,
     /// To the resolver.
     pub zone: watch::Sender<Option<Arc<Zone>>>,
     /// To liveness and hellos: whom there are tunnels with.
     pub roster: watch::Sender<Option<Arc<Roster>>>,
     /// What they say.
     pub health: watch::Receiver<Health>,
+    /// What other clusters say that they have said, and that did not come here for long.
+    pub withheld: watch::Receiver<BTreeMap<ClusterId, Position>>,
     /// To the admin pages.
     pub shown: Arc<Shown>,
 }
@@ -103,7 +112,8 @@ impl Node {
         let mut observed = self.api.observe();
         let mut verifier = Verifier::default();
         let mut retry = RETRY;
-        let mut last = self.cache.load().unwrap_or_else(|error| {
+        let loaded = self.cache.as_mut().map(Cache::load).transpose();
+        let mut last = loaded.map(Option::flatten).unwrap_or_else(|error| {
             warn!("{error}");
             None
         });
@@ -112,8 +122,9 @@ impl Node {
             verifier.verify(cached);
         }
         let mut last = last.take().map(Arc::new);
-        let mut saved: Option<Instant> = None;
+        let mut saving = Saving::default();
         let mut planned: Option<(Arc<Planned>, Vec<Finding>)> = None;
+        let mut unreached: Steady<BTreeSet<ClusterId>> = Steady::default();
         let begun = Instant::now();
         loop {
             let start = Instant::now();
@@ -132,10 +143,11 @@ impl Node {
             verifier.set_addresses(&underlay.addresses);
             let members = heavy(|| verifier.verify(&now));
             let rotated = self.rotate(&now);
-            let mut announced = self.announce(&now, &underlay, members.get()).await;
+            let mut announced = self.announce(&now, &underlay, members.get(), None).await;
             let keys = self.keys.public(None);
             let clean = match Self::world(&self.name, &now, &underlay, &members) {
-                Some((mut world, findings)) => {
+                Some((mut world, mut findings)) => {
+                    findings.extend(withheld(&self.withheld.borrow_and_update(), &verifier.positions()));
                     world.health = self.health.borrow_and_update().clone();
                     let (current, findings) = match planned.take() {
                         Some((planned, old)) if planned.world == world && old == findings => (planned, old),
@@ -144,6 +156,9 @@ impl Node {
                     let clean = self.apply(&current.desired, start).await;
                     self.answer(&current.desired);
                     self.introduce(&current, &verifier);
+                    if let Some(devices) = current.desired.devices.get() {
+                        unreached.handle(begun.elapsed(), eligible::unreached(&current.world, devices));
+                    }
                     planned = Some((current, findings));
                     clean
                 }
@@ -153,9 +168,12 @@ impl Node {
                     true
                 }
             };
-            if self.keys.public(None) != keys {
-                // Only now that devices answer to their new keys.
-                announced &= self.announce(&now, &underlay, members.get()).await;
+            let reached = unreached.value(begun.elapsed());
+            let told =
+                now.tunnel_nodes.get().and_then(|nodes| nodes.get(&self.name)).map(|node| &node.unreached);
+            if self.keys.public(None) != keys || (reached.is_some() && reached != told) {
+                // Only now that devices answer to their new keys; and nothing that fails over waits for the API.
+                announced &= self.announce(&now, &underlay, members.get(), reached).await;
             }
             let brake = start.elapsed().clamp(DEBOUNCE, BRAKE);
             let mut wait = if clean && announced && rotated {
@@ -170,23 +188,26 @@ impl Node {
                 retry = (retry * 2).min(RETRY_MAX);
                 wait
             };
-            // Last, since nothing waits for it, and seldom, since it is the whole world.
-            let due = saved.map_or(Duration::ZERO, |at| SAVE.saturating_sub(at.elapsed()));
-            if due.is_zero() {
-                if self.keep(&verifier, &now) {
-                    saved = Some(Instant::now());
-                }
-            } else {
-                wait = wait.min(due);
+            if let Some(at) = unreached.poll_timeout() {
+                wait = wait.min(at.saturating_sub(begun.elapsed()));
             }
+            // Last, since nothing waits for it, and seldom, since it is the whole world.
+            wait = wait.min(self.save(&mut saving, &verifier, &now));
             tokio::select! {
                 () = stop.cancelled() => {
-                    self.keep(&verifier, &now);
+                    if let Some(task) = saving.task.take() {
+                        self.saved(&mut saving, task.await);
+                    }
+                    if let (Some(cache), Some(good)) = (&mut self.cache, verifier.good(&now)) {
+                        cache.keep(&good);
+                    }
                     return Ok(());
                 }
+                Some(done) = saving.done() => self.saved(&mut saving, done),
                 result = observed.changed() => result.context("the cluster's API ended")?,
                 // At the end it may stop first.
                 result = self.health.changed() => if !stop.is_cancelled() { result.context("liveness ended")? },
+                result = self.withheld.changed() => if !stop.is_cancelled() { result.context("hellos ended")? },
                 () = self.monitor.changed() => debug!("the kernel's state changed"),
                 () = tokio::time::sleep(wait) => {}
             }
@@ -199,10 +220,41 @@ impl Node {
         }
     }
 
-    /// Keeps what was verified for a start without the API. True if something was written.
-    fn keep(&mut self, verifier: &Verifier, observed: &Observed) -> bool {
-        let Some(good) = verifier.good(observed) else { return false };
-        self.cache.keep(&good)
+    /// Begins to keep what was verified, for a start without the API, if it is time. When to ask again.
+    fn save(&mut self, saving: &mut Saving, verifier: &Verifier, observed: &Arc<Observed>) -> Duration {
+        let due = saving.next.map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()));
+        if saving.of.as_ref().is_some_and(|of| Arc::ptr_eq(of, observed)) || self.cache.is_none() {
+            return RESYNC;
+        }
+        if due.is_zero()
+            && let Some(good) = heavy(|| verifier.good(observed))
+            && let Some(mut cache) = self.cache.take()
+        {
+            saving.of = Some(observed.clone());
+            saving.task = Some(tokio::task::spawn_blocking(move || {
+                let begun = Instant::now();
+                let written = cache.keep(&good);
+                (cache, written.then(|| begun.elapsed()))
+            }));
+            return RESYNC;
+        }
+        due.max(DEBOUNCE)
+    }
+
+    /// The cache was written.
+    fn saved(&mut self, saving: &mut Saving, done: Result<(Cache, Option<Duration>), JoinError>) {
+        saving.task = None;
+        match done {
+            Ok((cache, took)) => {
+                self.cache = Some(cache);
+                if let Some(took) = took {
+                    saving.next = Some(Instant::now() + SAVE.max(took * SAVE_PAUSE));
+                }
+            }
+            Err(error) => {
+                warn!("what was verified is not kept for a start without the API any more: {error}")
+            }
+        }
     }
 
     /// Makes keys anew if that was asked for. False if it is to be tried again.
@@ -265,6 +317,7 @@ impl Node {
         observed: &Observed,
         underlay: &Underlay,
         members: Option<&Arc<Members>>,
+        unreached: Option<&BTreeSet<ClusterId>>,
     ) -> bool {
         let Some(tunnel_nodes) = observed.tunnel_nodes.get() else { return true };
         let Known::Yes(Some(clusterset)) = &observed.clusterset else { return true };
@@ -280,7 +333,10 @@ impl Node {
         let own = members.and_then(|members| members.nodes.get(&clusterset.cluster));
         let published = tunnel_nodes.get(&self.name);
         let devices = self.keys.public(published.map(|published| &published.devices));
-        let value = tunnel_node(node, underlay, own, devices);
+        let mut value = tunnel_node(node, underlay, own, devices);
+        // What is not steady yet stays as it was told.
+        let before = || published.map(|published| &published.unreached);
+        value.unreached = unreached.or_else(before).cloned().unwrap_or_default();
         if published != Some(&value) {
             match self.api.write_tunnel_node(&self.name, &value).await {
                 Ok(_) => info!(candidates = ?value.candidates, "told what this node is"),
@@ -433,6 +489,45 @@ impl Node {
     }
 }
 
+/// Freshness is an alarm and nothing more: what was verified last stays in use.
+fn withheld(said: &BTreeMap<ClusterId, Position>, here: &BTreeMap<ClusterId, Position>) -> Vec<Finding> {
+    let finding = |(cluster, said): (&ClusterId, &Position)| {
+        let here = here.get(cluster).map_or_else(|| "nothing".to_owned(), ToString::to_string);
+        Finding {
+            severity: Severity::Warning,
+            reason: "NewsWithheld",
+            object: format!("cluster {cluster}"),
+            message: format!(
+                "its nodes say that it has come to position {said}, and for more than {} s what came here is {here}; \
+                 what was verified last stays in use. Is this cluster's controller connected, and does a broker hold \
+                 back what it should pass on?",
+                WITHHELD.as_secs()
+            ),
+        }
+    };
+    said.iter().map(finding).collect()
+}
+
+/// The cache on its way to the disk.
+#[derive(Default)]
+struct Saving {
+    task: Option<JoinHandle<(Cache, Option<Duration>)>>,
+    /// What was given to it last.
+    of: Option<Arc<Observed>>,
+    /// Not before.
+    next: Option<Instant>,
+}
+
+impl Saving {
+    /// Waits for its end; None if it was not begun.
+    async fn done(&mut self) -> Option<Result<(Cache, Option<Duration>), JoinError>> {
+        match &mut self.task {
+            Some(task) => Some(task.await),
+            None => None,
+        }
+    }
+}
+
 /// Work that may take long, where it holds up no other task.
 fn heavy<T>(work: impl FnOnce() -> T) -> T {
     match Handle::try_current().map(|handle| handle.runtime_flavor()) {
@@ -471,7 +566,7 @@ fn tunnel_node(
         // One more than is stated, so that the controller says that it is too many.
         prefixes = ranges.take(Endpoint::MAX_PREFIXES + 1).collect();
     }
-    TunnelNode { devices, candidates, prefixes }
+    TunnelNode { devices, candidates, prefixes, unreached: BTreeSet::new() }
 }
 
 #[cfg(test)]

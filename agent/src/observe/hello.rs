@@ -12,11 +12,11 @@ use tokio::net::UdpSocket;
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
-use tombolo_agent_core::hello::{Hello, Hellos, MAX_LEN, PORT, cannot_reach};
+use tombolo_agent_core::hello::{Hello, Hellos, MAX_LEN, PORT, cannot_reach, untried};
 use tombolo_agent_core::liveness::PeerId;
 use tombolo_agent_core::object::NodeKey;
 use tombolo_agent_core::world::Health;
-use tombolo_proto::model::{DeviceNumber, Family};
+use tombolo_proto::model::{ClusterId, DeviceNumber, Family, Position};
 use tracing::debug;
 
 use super::liveness::{Answers, Roster, pair};
@@ -29,12 +29,14 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Hellos that wait to be read.
 const QUEUE: usize = 256;
 
-/// Runs until `stop`; `health` follows `answers` and what own gateways say.
+/// Runs until `stop`; `withheld` follows what other clusters say that they have said and that is not here, `health`
+/// follows `answers` and what own gateways say.
 pub async fn run(
     mut roster: watch::Receiver<Option<Arc<Roster>>>,
     driver: Arc<dyn TunnelDriver>,
     mut answers: watch::Receiver<Answers>,
     health: watch::Sender<Health>,
+    withheld: watch::Sender<BTreeMap<ClusterId, Position>>,
     stop: CancellationToken,
 ) -> Result<()> {
     let (queue, mut heard) = mpsc::channel(QUEUE);
@@ -42,7 +44,7 @@ pub async fn run(
     let mut task: Option<Task> = None;
     let mut look = Instant::now();
     loop {
-        let Answers { alive, dead } = answers.borrow_and_update().clone();
+        let Answers { alive, dead, young } = answers.borrow_and_update().clone();
         let new = roster.borrow_and_update().clone();
         let mut wake = Instant::now() + LOOK;
         if let Some(new) = new {
@@ -53,7 +55,8 @@ pub async fn run(
                 look = Instant::now() + LOOK;
             }
             let now = task.start.elapsed();
-            task.hellos.handle_content(now, cannot_reach(&new.devices, &dead), new.positions.clone());
+            let reach = (cannot_reach(&new.devices, &dead), untried(&new.devices, &dead, &alive));
+            task.hellos.handle_content(now, reach, new.positions.clone());
             task.say(&sockets);
             let timeout = task.hellos.poll_timeout(task.start.elapsed()).map(|at| task.start + at);
             wake = timeout.into_iter().fold(look, Instant::min);
@@ -62,7 +65,14 @@ pub async fn run(
             }
         }
         let unreachable = task.as_ref().map(|t| t.hellos.unreachable(t.start.elapsed())).unwrap_or_default();
-        let value = Health { dead, alive, unreachable };
+        let untried = task.as_ref().map(|t| t.hellos.untried(t.start.elapsed())).unwrap_or_default();
+        let value = Health { dead, alive, young, unreachable, untried };
+        let missed = task.as_ref().map(|t| t.hellos.withheld(t.start.elapsed())).unwrap_or_default();
+        withheld.send_if_modified(|old| {
+            let differs = *old != missed;
+            *old = missed;
+            differs
+        });
         health.send_if_modified(|old| {
             let differs = *old != value;
             *old = value;

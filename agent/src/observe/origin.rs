@@ -40,6 +40,11 @@ impl View {
         own.max_by_key(|m| m.grant().serial)
     }
 
+    /// Clusters with a membership that is not revoked.
+    pub fn clusters(&self) -> BTreeSet<&ClusterId> {
+        self.memberships.iter().map(|m| m.cluster()).collect()
+    }
+
     /// A membership by its serial.
     pub fn membership(&self, cluster: &ClusterId, serial: u64) -> Option<&Membership> {
         self.memberships.iter().find(|m| m.cluster() == cluster && m.grant().serial == serial)

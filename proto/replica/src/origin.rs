@@ -201,6 +201,10 @@ impl Candidate {
         if state.leaves.len() > self.quota.scopes {
             return Err(Reason::Quota { what: "scopes", max: self.quota.scopes });
         }
+        let nodes = state.leaves.get(&Scope::Nodes).map_or(0, |leaf| leaf.count);
+        if nodes > self.quota.nodes as u64 {
+            return Err(Reason::Quota { what: "nodes", max: self.quota.nodes });
+        }
         let count = |(scope, leaf): (&Scope, &ScopeDigest)| if wanted(scope) { leaf.count } else { 0 };
         let records = state.leaves.iter().map(count).fold(0, u64::saturating_add);
         if records > self.quota.records as u64 {

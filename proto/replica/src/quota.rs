@@ -30,6 +30,8 @@ pub struct Quota {
     pub clusters: usize,
     /// Scopes of one origin.
     pub scopes: usize,
+    /// Nodes of one origin.
+    pub nodes: usize,
     /// Records of one origin, of the scopes that are held.
     pub records: usize,
     /// Bytes of one origin's records, of the scopes that are held.
@@ -38,6 +40,6 @@ pub struct Quota {
 
 impl Default for Quota {
     fn default() -> Self {
-        Self { clusters: 1024, scopes: 16_384, records: 100_000, bytes: 128 * 1024 * 1024 }
+        Self { clusters: 1024, scopes: 16_384, nodes: 10_000, records: 100_000, bytes: 128 * 1024 * 1024 }
     }
 }

@@ -447,6 +447,23 @@ fn a_cluster_over_its_quota_keeps_what_it_had() {
 }
 
 #[test]
+fn a_cluster_of_too_many_nodes_keeps_what_it_had() {
+    let (mut member, _, _) = pair();
+    let mut broker =
+        Replica::new(roots(), Interest::All).with_quota(Quota { nodes: 8, ..Quota::default() });
+    let mut link = Link::new(member.introduction(), Introduction::default());
+    talk(&mut member.replica, &mut broker, &mut link);
+    let kept = held(&broker, &member.id()).unwrap();
+    for key in 0..9 {
+        member.set(Scope::Nodes, record(key, 1, 3));
+    }
+    member.publish();
+    talk(&mut member.replica, &mut broker, &mut link);
+    assert_eq!(held(&broker, &member.id()).unwrap(), kept);
+    assert!(broker.findings().values().any(|r| *r == Reason::Quota { what: "nodes", max: 8 }));
+}
+
+#[test]
 fn what_was_stored_is_verified_when_it_comes_back() {
     let (member, broker, _) = pair();
     let state = broker.origin(&member.id()).unwrap();

@@ -98,14 +98,11 @@ fn of_cluster<'a>(
 ) -> Stations<'a> {
     let mut ranks: BTreeMap<Rank, &NodeName> = BTreeMap::new();
     let mut count: BTreeMap<&NodeName, &Endpoint> = BTreeMap::new();
+    let mut twice: Vec<&NodeName> = Vec::new();
     for (name, endpoint) in &member.nodes {
         if endpoint.rank.is_gateway() {
-            if let Some(first) = ranks.get(&endpoint.rank) {
-                let text = format!(
-                    "rank {} is already {first}'s; this node is left out until its cluster states one gateway a rank",
-                    endpoint.rank.get()
-                );
-                findings.error("RankTwice", format!("node {cluster}/{name}"), text);
+            if ranks.contains_key(&endpoint.rank) {
+                twice.push(name);
                 continue;
             }
             ranks.insert(endpoint.rank, name);
@@ -113,6 +110,14 @@ fn of_cluster<'a>(
             continue;
         }
         count.insert(name, endpoint);
+    }
+    if let Some(first) = twice.first() {
+        let text = format!(
+            "{} of its nodes state a rank that is another's already ({first} is one); they are left out until it states \
+             one gateway a rank",
+            twice.len()
+        );
+        findings.error("RankTwice", format!("cluster {cluster}"), text);
     }
     let mut claims =
         claims(cluster, &member.owned, &member.tunnel, count.iter().map(|(n, e)| (*n, *e)), findings);

@@ -33,23 +33,23 @@ struct Turn {
 
 /// Time that somebody may use: a bucket of time.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Credit {
+pub(in crate::control) struct Credit {
     /// All that was used is paid at this time.
     paid: Duration,
 }
 
 impl Credit {
-    pub(super) fn new() -> Self {
+    pub(in crate::control) fn new() -> Self {
         Self { paid: Duration::ZERO }
     }
 
     /// When there is some.
-    pub(super) fn due(&self) -> Duration {
+    pub(in crate::control) fn due(&self) -> Duration {
         self.paid.saturating_sub(BURST * SHARE)
     }
 
     /// Takes what was used until `now`.
-    pub(super) fn charge(&mut self, now: Duration, used: Duration) {
+    pub(in crate::control) fn charge(&mut self, now: Duration, used: Duration) {
         self.paid = self.paid.max(now) + used * SHARE;
     }
 }
