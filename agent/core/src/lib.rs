@@ -17,5 +17,6 @@ pub mod merge;
 pub mod object;
 pub mod plan;
 pub mod speak;
+pub mod steady;
 pub mod world;
 pub mod zone;

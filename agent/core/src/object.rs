@@ -93,6 +93,10 @@ pub struct TunnelNode {
     pub candidates: Vec<IpAddr>,
     /// Pod ranges on it.
     pub prefixes: BTreeSet<Prefix>,
+    /// Clusters that no way from it leads to, once that was steady for [`crate::steady::HOLD`]. For people and for who
+    /// balances for this node; failover does not wait for it.
+    #[serde(default)]
+    pub unreached: BTreeSet<ClusterId>,
 }
 
 /// multicluster.x-k8s.io ServiceImport: a derived service.

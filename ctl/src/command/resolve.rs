@@ -6,14 +6,16 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 use tombolo_agent::api::Observed;
 use tombolo_agent::api::directory::Directory;
-use tombolo_agent::observe::netlink::Underlay;
 use tombolo_agent_core::known::Known;
 use tombolo_agent_core::object::ServiceKey;
 use tombolo_agent_core::zone::{APEX, Answer, Data, Kind, Target, Zone};
 use tombolo_proto::model::{Family, Namespace, ServiceName, ServiceType};
 
-use super::explain::backend::{self, Row};
 use super::explain::here::Here;
+use super::explain::{
+    self,
+    backend::{self, Row},
+};
 use super::say;
 use crate::cli::{RecordKind, Resolve};
 use crate::output::{Printer, Table};
@@ -54,7 +56,9 @@ pub(super) fn resolve(printer: &Printer, args: &Resolve) -> Result<ExitCode> {
         bail!("what {} imports cannot be read now", args.cluster.cluster_dir.display());
     };
     // As the agent answers. Of a cluster that is no member, or whose membership is damaged, as it would.
-    let here = Here::of(observed.clone(), None, &Underlay::default());
+    // What this machine's node cannot reach it does not answer with; on another machine everything counts as reached.
+    let (underlay, node) = explain::this_machine(&observed).unwrap_or_default();
+    let here = Here::of(observed.clone(), node.as_ref(), &underlay);
     let planned = here.as_ref().ok().and_then(|here| here.desired.zone.get().cloned());
     let zone = planned.unwrap_or_else(|| Zone::build(imports, slices));
     let mut records = Vec::new();

@@ -2,14 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use tombolo_proto::model::{Backend, Backends, ClusterId, Family, Port};
+use tombolo_proto::model::{Backend, Backends, ClusterId, Family, Port, ServiceType};
 use tombolo_proto::trust::Member;
 
+use super::eligible::{Verdict, View, target};
 use super::findings::Findings;
 use super::service::{Derived, Sources};
 use crate::known::Objects;
 use crate::merge::Exposed;
 use crate::object::{Import, ServiceKey, Slice, SliceKey};
+use crate::world::ClusterWorld;
 
 /// Backends of a slice.
 const MAX: usize = 100;
@@ -86,12 +88,69 @@ pub(crate) fn slices(
         );
         findings.error("TooManySlices", format!("cluster {cluster}"), text);
     }
+    if world.clusterset.is_none() {
+        withhold(world, imports, existing.0, &mut objects.set);
+    }
     // What came from somebody who is not at hand stays, as long as its service does.
     let stays = |key: &&SliceKey| {
         services.contains_key(&key.service) && sources.unknown(&key.source, &key.service.namespace)
     };
     objects.keep = existing.1.iter().filter(stays).cloned().collect();
     objects
+}
+
+/// Under Kubernetes others balance, by what these slices say: a backend that is not eligible is not ready there (it goes on
+/// serving). A cluster counts as reached while any node that is ready reaches it. Nodes of a directory balance
+/// themselves, each by what itself knows, and a slice says what its cluster stated.
+fn withhold(
+    world: &ClusterWorld,
+    imports: &Objects<ServiceKey, Import>,
+    existing: &BTreeMap<ServiceKey, Import>,
+    set: &mut BTreeMap<SliceKey, Slice>,
+) {
+    let unreached = unreached(world);
+    let view = View { cluster: &world.cluster, unreached: &unreached };
+    let mut by_service: BTreeMap<&ServiceKey, Vec<(&SliceKey, &Slice)>> = BTreeMap::new();
+    for (key, slice) in &*set {
+        by_service.entry(&key.service).or_default().push((key, slice));
+    }
+    let mut out: BTreeSet<SliceKey> = BTreeSet::new();
+    for (service, slices) in by_service {
+        let Some(import) = imports.set.get(service).or_else(|| existing.get(service)) else { continue };
+        let headless = view.of_service(import, &slices);
+        for (key, slice) in &slices {
+            let used = |verdicts: &BTreeMap<&ClusterId, Verdict>| {
+                verdicts.get(&key.source).is_none_or(|verdict| *verdict == Verdict::Used)
+            };
+            // A slice has several ports and one readiness: it is used while any of them is.
+            let used = match import.kind {
+                ServiceType::Headless => used(&headless),
+                ServiceType::ClusterSetIP => {
+                    let serves = |p: &&Port| target(slice, p).is_some();
+                    let mut ports = import.ports.iter().filter(serves);
+                    ports.any(|port| used(&view.of_port(import, &slices, port, key.family)))
+                }
+            };
+            if !used {
+                out.insert((*key).clone());
+            }
+        }
+    }
+    for key in out {
+        for backend in set.get_mut(&key).into_iter().flat_map(|slice| &mut slice.backends) {
+            backend.ready = false;
+        }
+    }
+}
+
+/// Clusters that every ready node says no way from it leads to.
+fn unreached(world: &ClusterWorld) -> BTreeSet<ClusterId> {
+    let (Some(nodes), Some(told)) = (world.nodes.get(), world.tunnel_nodes.get()) else {
+        return BTreeSet::new();
+    };
+    let ready = told.iter().filter(|(name, _)| nodes.get(*name).is_some_and(|node| node.ready));
+    let sets = ready.map(|(_, node)| node.unreached.clone());
+    sets.reduce(|a, b| a.intersection(&b).cloned().collect()).unwrap_or_default()
 }
 
 /// Of one cluster.

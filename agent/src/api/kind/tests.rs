@@ -114,12 +114,17 @@ proptest! {
     }
 
     #[test]
-    fn tunnel_nodes_come_back(name in any_node(), endpoint in any_endpoint()) {
+    fn tunnel_nodes_come_back(
+        name in any_node(),
+        endpoint in any_endpoint(),
+        unreached in proptest::collection::btree_set(any_cluster(), 0..3),
+    ) {
         prop_assume!(name.as_str().len() <= ObjectName::MAX);
         let node = TunnelNode {
             devices: endpoint.devices,
             candidates: endpoint.candidates,
             prefixes: endpoint.prefixes,
+            unreached,
         };
         let object = json(&tunnel_node::write(&name, &node).unwrap());
         prop_assert_eq!(tunnel_node::read(&typed(&object).unwrap()).unwrap(), (name, node));

@@ -6,9 +6,12 @@ use std::net::IpAddr;
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
 use tombolo_agent_core::object::TunnelNode;
-use tombolo_proto::model::{Device, DeviceNumber, Endpoint, NodeName, Prefix, WireguardKey};
+use tombolo_proto::model::{ClusterId, Device, DeviceNumber, Endpoint, NodeName, Prefix, WireguardKey};
 
 use super::{Kind, ObjectId, Problem, bad, own_meta};
+
+/// Clusters of a set are fewer.
+pub const MAX_UNREACHED: usize = 10_000;
 
 /// `spec` of a TunnelNode.
 #[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq)]
@@ -30,6 +33,9 @@ pub struct TunnelNodeSpec {
     /// Pod ranges on it.
     #[serde(default)]
     pub prefixes: BTreeSet<Prefix>,
+    /// Clusters that it cannot reach.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub unreached: BTreeSet<ClusterId>,
 }
 
 /// A device of a node.
@@ -55,6 +61,7 @@ pub fn write(node: &NodeName, value: &TunnelNode) -> Result<TunnelNodeResource, 
         devices: value.devices.iter().map(device).collect(),
         candidates: value.candidates.clone(),
         prefixes: value.prefixes.clone(),
+        unreached: value.unreached.clone(),
     };
     Ok(TunnelNodeResource { metadata: own_meta(&id), spec })
 }
@@ -64,8 +71,11 @@ pub fn read(object: &TunnelNodeResource) -> Result<(NodeName, TunnelNode), Probl
     let name = NodeName::new(object.metadata.name.as_deref().unwrap_or(""))
         .map_err(|e| bad(format!("metadata.name: {e}")))?;
     let spec = &object.spec;
-    if spec.candidates.len() > 64 || spec.prefixes.len() > Endpoint::MAX_PREFIXES {
-        return Err(bad("spec.candidates or spec.prefixes has too many entries"));
+    if spec.candidates.len() > 64
+        || spec.prefixes.len() > Endpoint::MAX_PREFIXES
+        || spec.unreached.len() > MAX_UNREACHED
+    {
+        return Err(bad("spec.candidates, spec.prefixes or spec.unreached has too many entries"));
     }
     let mut devices = BTreeMap::new();
     for device in &spec.devices {
@@ -76,6 +86,11 @@ pub fn read(object: &TunnelNodeResource) -> Result<(NodeName, TunnelNode), Probl
             return Err(bad(format!("spec.devices: number {} stands there twice", device.number.get())));
         }
     }
-    let value = TunnelNode { devices, candidates: spec.candidates.clone(), prefixes: spec.prefixes.clone() };
+    let value = TunnelNode {
+        devices,
+        candidates: spec.candidates.clone(),
+        prefixes: spec.prefixes.clone(),
+        unreached: spec.unreached.clone(),
+    };
     Ok((name, value))
 }

@@ -125,8 +125,12 @@ impl Bench {
     }
 
     async fn tunnel_node(&self, name: &str) {
-        let value =
-            TunnelNode { devices: BTreeMap::new(), candidates: Vec::new(), prefixes: BTreeSet::new() };
+        let value = TunnelNode {
+            devices: BTreeMap::new(),
+            candidates: Vec::new(),
+            prefixes: BTreeSet::new(),
+            unreached: BTreeSet::new(),
+        };
         self.directory.write_tunnel_node(&NodeName::new(name).unwrap(), &value).await.unwrap();
     }
 

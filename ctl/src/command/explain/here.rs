@@ -9,12 +9,12 @@ use tombolo_agent::api::{ClusterSet, Observed};
 use tombolo_agent::control::node::Node;
 use tombolo_agent::observe::member::{Members, Verifier, verified_revocations};
 use tombolo_agent::observe::netlink::Underlay;
-use tombolo_agent_core::desired::NodeDesired;
+use tombolo_agent_core::desired::{NodeDesired, TunnelDevice};
 use tombolo_agent_core::known::Known;
 use tombolo_agent_core::plan;
 use tombolo_agent_core::plan::eligible::unreached;
-use tombolo_agent_core::world::{MemberNodes, NodeWorld};
-use tombolo_proto::model::{ClusterId, NodeName};
+use tombolo_agent_core::world::{Health, MemberNodes, NodeWorld};
+use tombolo_proto::model::{ClusterId, DeviceNumber, NodeName};
 use tombolo_proto::trust::RootChain;
 
 /// What is known on this node, and what it should do.
@@ -49,8 +49,14 @@ impl Here {
             // What is asked for then is the same for every node.
             None => NodeName::new("localhost").context("a node's name")?,
         };
-        let (world, _) = Node::world(&node, &observed, underlay, &members).context("it is no member")?;
-        let (desired, _) = plan::node(&world);
+        let (mut world, _) = Node::world(&node, &observed, underlay, &members).context("it is no member")?;
+        let (mut desired, _) = plan::node(&world);
+        let told = observed.tunnel_nodes.get().and_then(|nodes| nodes.get(&node));
+        let unreached = told.map(|told| told.unreached.clone()).unwrap_or_default();
+        if let Some(devices) = desired.devices.get().filter(|_| !unreached.is_empty()) {
+            world.health = health(&world, devices, &unreached);
+            (desired, _) = plan::node(&world);
+        }
         let revoked = RootChain::pinned(set.set, &set.roots)
             .ok()
             .and_then(|roots| verified_revocations(&roots, &set, &mut Vec::new()))
@@ -95,4 +101,23 @@ impl Here {
             format!("cluster {cluster} is not known here")
         })
     }
+}
+
+/// Such that these clusters are not reached: what the node found out itself is known to its agent alone.
+fn health(
+    world: &NodeWorld,
+    devices: &BTreeMap<DeviceNumber, TunnelDevice>,
+    unreached: &BTreeSet<ClusterId>,
+) -> Health {
+    let mut health = Health::default();
+    for (number, device) in devices {
+        for (key, peer) in &device.peers {
+            if unreached.contains(&peer.node.cluster) {
+                health.dead.insert((*number, *key));
+            } else if peer.node.cluster == world.cluster {
+                health.unreachable.insert(peer.node.node.clone(), unreached.clone());
+            }
+        }
+    }
+    health
 }

@@ -89,6 +89,14 @@ fn text(printer: &Printer, explanation: &Explanation) -> String {
     }
 }
 
+/// Its links, and which of the cluster's nodes it is.
+pub(super) fn this_machine(observed: &Observed) -> Result<(Underlay, Option<NodeName>)> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let underlay = underlay(&runtime)?;
+    let node = this_node(observed, &underlay).ok();
+    Ok((underlay, node))
+}
+
 fn underlay(runtime: &tokio::runtime::Runtime) -> Result<Underlay> {
     let monitor = runtime.block_on(Monitor::start()).context("links and routes cannot be read")?;
     Ok(Underlay::clone(&monitor.underlay()))

@@ -441,3 +441,43 @@ fn unknown_clusters_change_nothing_of_what_they_are_in() {
     let (desired, _) = plan(&unknown);
     assert!(desired.imports.get().unwrap().keep.contains(&service("a/web")));
 }
+
+/// Under Kubernetes kube-proxy balances by these slices; in a directory the nodes do, and slices say what was stated.
+#[test]
+fn slices_withhold_what_is_not_eligible_under_kubernetes() {
+    let mut world = with_us(world(), "b/app", us_export(&[80]), &["10.2.1.1"]);
+    world = with_ap(world, "b/app", Export { created: MEMBER_SINCE + 3000, ..us_export(&[80]) }, "10.3.1.1");
+    let ready = |world: &ClusterWorld| -> BTreeSet<ClusterId> {
+        let (desired, _) = plan(world);
+        let of =
+            slices(&desired, "b/app").into_iter().filter(|(_, slice)| slice.backends.iter().all(|b| b.ready));
+        of.map(|(key, _)| key.source.clone()).collect()
+    };
+    let unreached = |world: &mut ClusterWorld, names: &[&str], gone: &[&str]| {
+        for (name, node) in known(&mut world.tunnel_nodes).iter_mut() {
+            node.unreached = if names.contains(&name.as_str()) { clusters(gone) } else { BTreeSet::new() };
+        }
+    };
+    unreached(&mut world, &["a", "b", "c"], &["us"]);
+    assert_eq!(ready(&world), clusters(&["ap", "us"]), "a directory's nodes decide");
+    world.clusterset = None;
+    assert_eq!(ready(&world), clusters(&["ap"]));
+    unreached(&mut world, &["a", "b"], &["us"]);
+    assert_eq!(ready(&world), clusters(&["ap", "us"]), "one node still reaches it");
+    known(&mut world.nodes).get_mut(&"c".parse().unwrap()).unwrap().ready = false;
+    assert_eq!(ready(&world), clusters(&["ap"]), "that one is not ready");
+    unreached(&mut world, &["a", "b", "c"], &["us", "ap"]);
+    assert_eq!(ready(&world), clusters(&["ap", "us"]), "the last ones are kept");
+    unreached(&mut world, &[], &[]);
+    world
+        .foreign
+        .get_mut(&id("us"))
+        .unwrap()
+        .exports
+        .get_mut(&service("b/app"))
+        .unwrap()
+        .preference
+        .share
+        .priority = tombolo_proto::model::Priority::new(1).unwrap();
+    assert_eq!(ready(&world), clusters(&["ap"]));
+}

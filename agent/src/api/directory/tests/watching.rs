@@ -37,7 +37,12 @@ async fn changes_are_seen_soon() {
         remove(&directory, &format!("team-{}/{name}.yaml", turn % 3));
         worst = worst.max(until(&mut watch, &name, |o| !names(o).contains(&name)).await);
     }
-    let node = TunnelNode { devices: BTreeMap::new(), candidates: vec![], prefixes: BTreeSet::new() };
+    let node = TunnelNode {
+        devices: BTreeMap::new(),
+        candidates: vec![],
+        prefixes: BTreeSet::new(),
+        unreached: BTreeSet::new(),
+    };
     let mut worst_state = Duration::ZERO;
     for turn in 0..20 {
         let name = NodeName::new(&format!("n{turn}")).unwrap();

@@ -444,7 +444,12 @@ async fn a_node_too_long_for_a_file_is_refused() {
     let (_temporary, directory) = directory();
     let label = "a".repeat(62);
     let name = NodeName::new(&format!("{label}.{label}.{label}.{label}")).unwrap();
-    let node = TunnelNode { devices: BTreeMap::new(), candidates: vec![], prefixes: BTreeSet::new() };
+    let node = TunnelNode {
+        devices: BTreeMap::new(),
+        candidates: vec![],
+        prefixes: BTreeSet::new(),
+        unreached: BTreeSet::new(),
+    };
     let error = directory.write_tunnel_node(&name, &node).await.unwrap_err();
     assert!(error.to_string().contains("longer"), "{error}");
     let name = NodeName::new("gw-1.eu").unwrap();
