@@ -52,6 +52,9 @@ enum Command {
         /// List events and budgets; run nothing.
         #[arg(long)]
         list: bool,
+        /// Write all figures to this file too, as JSON, after each test.
+        #[arg(long, value_name = "FILE")]
+        keep: Option<std::path::PathBuf>,
         /// As a table or as JSON.
         #[arg(short, long, value_enum, default_value_t = Output::Table)]
         output: Output,
@@ -445,9 +448,9 @@ fn run(command: Command) -> Result<ExitCode> {
             let json = || serde_json::to_string_pretty(budgets);
             print(&if output == Output::Json { json()? } else { columns(&rows) });
         }
-        Command::Scorecard { runs, only, short, output, .. } => {
+        Command::Scorecard { runs, only, short, keep, output, .. } => {
             Sandbox::check()?;
-            let options = scorecard::Options { runs: runs.max(1), only, short };
+            let options = scorecard::Options { runs: runs.max(1), only, short, keep };
             let card = scorecard::run(&options, print_progress)?;
             let json = || serde_json::to_string_pretty(&card);
             print(&if output == Output::Json { json()? } else { card.to_string() });

@@ -25,6 +25,8 @@ pub struct Options {
     pub only: Vec<String>,
     /// The short forms of tests.
     pub short: bool,
+    /// A file to which the card goes as JSON after each test: hours of figures must not be lost.
+    pub keep: Option<PathBuf>,
 }
 
 /// One event's figures beside its budget.
@@ -143,8 +145,12 @@ pub fn run(options: &Options, mut progress: impl FnMut(&str)) -> Result<Card> {
             let figures = taken.remove(event).unwrap_or_default();
             card.rows.push(row(event, chosen[event], &figures, &failures));
         }
+        card.rows.sort_by(|a, b| a.event.cmp(&b.event));
+        if let Some(file) = &options.keep {
+            let text = serde_json::to_string_pretty(&card)?;
+            std::fs::write(file, text + "\n").with_context(|| format!("writing {}", file.display()))?;
+        }
     }
-    card.rows.sort_by(|a, b| a.event.cmp(&b.event));
     Ok(card)
 }
 
