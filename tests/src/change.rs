@@ -62,8 +62,8 @@ impl Lab {
     pub fn take_node(&self, name: &str) -> Result<()> {
         let node = self.topology().node(name)?.clone();
         self.lan(&node.cluster)?.ip(&format!("link set n{} down\n", node.number))?;
-        self.kill(name, "agent")?;
-        self.kill(name, "wireguard")?;
+        self.kill_tree(name, "agent")?;
+        self.kill_tree(name, "wireguard")?;
         let manifests = self.cluster_dir(&node.cluster).join("manifests");
         std::fs::remove_file(manifests.join(format!("node-{name}.yaml")))
             .with_context(|| format!("taking node {name} away"))?;

@@ -15,6 +15,9 @@
 //! a day; 38,000 of these fail after one that did not; the next seven fail too with p^7 = 8.4e-8: one false alarm in
 //! 310 days for each peer in use. (With 20 % each way, p = 0.36: one in a quarter of an hour.)
 //!
+//! Young is who came lately to a node that has known others to live for a while: its way need not be complete yet, and
+//! the others' is. That passes with time, since a peer may never answer.
+//!
 //! Alive again is who answered for 1 s, at least four times, and never missed two in a row. If it dies again within a
 //! minute, the time is doubled, up to 16 s.
 
@@ -44,7 +47,9 @@ const IDLE: Duration = Duration::from_secs(5);
 /// Between requests to a peer that never answered, at first.
 const NEW: Duration = Duration::from_secs(1);
 /// How long a peer counts as new.
-const YOUTH: Duration = Duration::from_secs(30);
+pub const YOUTH: Duration = Duration::from_secs(30);
+/// Who has lived for so long makes others young.
+pub const SETTLED: Duration = Duration::from_secs(10);
 const BUSY: Duration = Duration::from_millis(200);
 const SILENT: Duration = Duration::from_millis(100);
 const SUSPECT: Duration = Duration::from_millis(50);
@@ -120,6 +125,8 @@ pub struct Liveness {
 struct Peer {
     health: PeerHealth,
     since: Duration,
+    /// Until when it is young.
+    young: Option<Duration>,
     sequence: u16,
     /// When it was last asked, and what the next interval is multiplied by.
     asked: Option<Duration>,
@@ -151,6 +158,7 @@ impl Peer {
         Self {
             health: PeerHealth::Unknown,
             since: now,
+            young: None,
             sequence: 0,
             asked: None,
             jitter: 1.0,
@@ -216,7 +224,8 @@ impl Peer {
         // At a window's end there may be enough late ones already.
         let windows = [WINDOW, WINDOW_HEARD, WINDOW_ALONE].map(|window| self.quiet.map(|at| at + window));
         let next = self.due(now, crowd);
-        windows.into_iter().flatten().filter(|at| *at > now).chain(late).fold(next, Duration::min)
+        let times = windows.into_iter().flatten().chain(self.young);
+        times.filter(|at| *at > now).chain(late).fold(next, Duration::min)
     }
 
     fn handle_counters(&mut self, now: Duration, new: Counters) {
@@ -318,8 +327,10 @@ impl Liveness {
     /// The peers that there are; what is known of others is forgotten.
     pub fn handle_peers(&mut self, now: Duration, peers: &BTreeSet<PeerId>) {
         self.peers.retain(|id, _| peers.contains(id));
+        let settled = |p: &Peer| p.health == PeerHealth::Alive && now >= p.since + SETTLED;
+        let young = self.peers.values().any(settled).then(|| now + YOUTH);
         for id in peers {
-            self.peers.entry(*id).or_insert_with(|| Peer::new(now));
+            self.peers.entry(*id).or_insert_with(|| Peer { young, ..Peer::new(now) });
         }
     }
 
@@ -327,6 +338,7 @@ impl Liveness {
     pub fn handle_memory(&mut self, now: Duration, peer: PeerId, health: PeerHealth) {
         if let Some(peer) = self.peers.get_mut(&peer).filter(|p| p.health == PeerHealth::Unknown) {
             peer.turn(health, now);
+            peer.young = None;
         }
     }
 
@@ -412,6 +424,12 @@ impl Liveness {
     /// The dead ones.
     pub fn dead(&self) -> BTreeSet<PeerId> {
         self.all().filter(|(_, health)| *health == PeerHealth::Dead).map(|(id, _)| id).collect()
+    }
+
+    /// Those that came lately, to others that have lived for a while.
+    pub fn young(&self, now: Duration) -> BTreeSet<PeerId> {
+        let is = |peer: &Peer| peer.young.is_some_and(|until| now < until);
+        self.peers.iter().filter(|(_, peer)| is(peer)).map(|(id, _)| *id).collect()
     }
 
     /// Those that answer.

@@ -82,8 +82,13 @@ pub struct Health {
     pub dead: BTreeSet<PeerId>,
     /// Peers of this node that answer: what is neither here nor in `dead` never has.
     pub alive: BTreeSet<PeerId>,
+    /// Peers that came lately to others that have lived for a while: better none of these, if another way is there.
+    pub young: BTreeSet<PeerId>,
     /// By own node that said something lately: clusters that it has no live tunnel to.
     pub unreachable: BTreeMap<NodeName, BTreeSet<ClusterId>>,
+    /// By own node that said something lately: clusters to which none of its tunnels has ever answered. Heeded of young
+    /// ones alone: unknown is not dead.
+    pub untried: BTreeMap<NodeName, BTreeSet<ClusterId>>,
 }
 
 /// All that a node's plan depends on.

@@ -73,6 +73,8 @@ pub struct Answers {
     pub alive: BTreeSet<PeerId>,
     /// They answered once, and do not now.
     pub dead: BTreeSet<PeerId>,
+    /// They came lately, to others that have answered for a while.
+    pub young: BTreeSet<PeerId>,
 }
 
 /// What was known of peers before this process, kept over restarts: after one a dead peer must not get traffic again.
@@ -97,7 +99,7 @@ impl Memory {
     /// Who answered last, and who did not.
     pub fn answers(&self) -> Answers {
         let of = |wanted| self.known.iter().filter(|(_, h)| **h == wanted).map(|(id, _)| *id).collect();
-        Answers { alive: of(PeerHealth::Alive), dead: of(PeerHealth::Dead) }
+        Answers { alive: of(PeerHealth::Alive), dead: of(PeerHealth::Dead), young: BTreeSet::new() }
     }
 
     fn keep(&mut self, known: BTreeMap<PeerId, PeerHealth>) {
@@ -285,7 +287,11 @@ impl Task {
 
     fn tell(&mut self, answers: &watch::Sender<Answers>) {
         let Some((roster, _)) = &self.roster else { return };
-        let now = Answers { alive: self.liveness.alive(), dead: self.liveness.dead() };
+        let now = Answers {
+            alive: self.liveness.alive(),
+            dead: self.liveness.dead(),
+            young: self.liveness.young(self.start.elapsed()),
+        };
         let before = answers.borrow().clone();
         if now == before {
             return;
@@ -468,7 +474,7 @@ mod tests {
         memory.keep(BTreeMap::from([(id, PeerHealth::Dead)]));
         assert_eq!(
             Memory::load(dir.path()).answers(),
-            Answers { alive: BTreeSet::new(), dead: BTreeSet::from([id]) }
+            Answers { alive: BTreeSet::new(), dead: BTreeSet::from([id]), young: BTreeSet::new() }
         );
         std::fs::write(dir.path().join("health.json"), "nonsense").unwrap();
         assert_eq!(Memory::load(dir.path()).answers(), Answers::default());

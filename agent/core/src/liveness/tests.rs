@@ -320,6 +320,33 @@ fn what_a_predecessor_knew_stays() {
 }
 
 #[test]
+fn who_comes_to_others_that_live_is_young_for_a_while() {
+    let mut liveness = Liveness::new(1);
+    let drive = |liveness: &mut Liveness, from: u64, to: u64| {
+        for now in (from..to).step_by(50) {
+            while let Some(echo) = liveness.poll_transmit(ms(now)) {
+                if echo.peer == id(1) {
+                    liveness.handle_echo_reply(ms(now), id(1), echo.sequence);
+                }
+            }
+        }
+    };
+    // At the start nobody is: all are equally unknown, and soon after it too.
+    liveness.handle_peers(ms(0), &BTreeSet::from([id(1), id(2)]));
+    drive(&mut liveness, 0, 9000);
+    liveness.handle_peers(ms(9000), &BTreeSet::from([id(1), id(2), id(3)]));
+    assert_eq!(liveness.young(ms(9000)), BTreeSet::new());
+    drive(&mut liveness, 9000, 11_000);
+    liveness.handle_peers(ms(11_000), &BTreeSet::from([id(1), id(2), id(4), id(5)]));
+    // One that a predecessor knew is none.
+    liveness.handle_memory(ms(11_000), id(5), PeerHealth::Alive);
+    assert_eq!(liveness.young(ms(11_000)), BTreeSet::from([id(4)]));
+    assert!(liveness.poll_timeout(ms(40_999)).is_some_and(|at| at <= ms(41_000)));
+    assert_eq!(liveness.young(ms(40_999)), BTreeSet::from([id(4)]));
+    assert_eq!(liveness.young(ms(41_000)), BTreeSet::new());
+}
+
+#[test]
 fn a_crowd_is_asked_less_often() {
     let peer = |n: u16| {
         (DeviceNumber::new(4).unwrap(), WireguardKey(std::array::from_fn(|i| n.to_be_bytes()[i % 2])))

@@ -118,8 +118,12 @@ struct Way<'a> {
     alive: bool,
     /// It answers.
     proved: bool,
+    /// It came lately.
+    young: bool,
     /// Clusters that this own gateway cannot reach, if it said anything lately.
     told: Option<&'a BTreeSet<ClusterId>>,
+    /// Clusters that it has not reached yet.
+    untried: Option<&'a BTreeSet<ClusterId>>,
 }
 
 /// The slots of a route, and what is wrong with them.
@@ -136,13 +140,15 @@ impl<'a> Way<'a> {
         health: &'a Health,
     ) -> Option<Self> {
         let (key, peer) = device.peers.iter().find(|(_, p)| p.allowed.contains(&prefix))?;
-        let told = match number.family() {
+        let (told, untried) = match number.family() {
             // A plain node has what it has; the rest of its cluster is not behind it.
             DeviceFamily::Out if !number.rank().is_gateway() => return None,
-            DeviceFamily::Out => None,
+            DeviceFamily::Out => (None, None),
             // A plain node carries nothing for others.
             DeviceFamily::In if !number.rank().is_gateway() => return None,
-            DeviceFamily::In => health.unreachable.get(&peer.node.node),
+            DeviceFamily::In => {
+                (health.unreachable.get(&peer.node.node), health.untried.get(&peer.node.node))
+            }
         };
         let id = (number, *key);
         Some(Self {
@@ -150,7 +156,9 @@ impl<'a> Way<'a> {
             peer,
             alive: !health.dead.contains(&id),
             proved: health.alive.contains(&id),
+            young: health.young.contains(&id),
             told,
+            untried,
         })
     }
 
@@ -164,6 +172,10 @@ impl<'a> Way<'a> {
         let out = |way: &Self| way.number.family() == DeviceFamily::Out;
         let all = Self::slots(ways, out);
         let live = Self::slots(ways, |way| out(way) && way.alive);
+        let ready = Self::slots(ways, |way| out(way) && way.alive && (way.proved || !way.young));
+        if !ready.is_empty() {
+            return Slots { devices: ready, trouble: None };
+        }
         if !live.is_empty() || all.is_empty() {
             return Slots { devices: live, trouble: None };
         }
@@ -185,6 +197,16 @@ impl<'a> Way<'a> {
     fn of_node(ways: &[Self], cluster: &ClusterId) -> Slots {
         let own = |way: &Self| way.number.family() == DeviceFamily::In;
         let refuses = |way: &Self| way.told.is_some_and(|told| told.contains(cluster));
+        // A gateway that came lately gets packets once it answers and says that its own tunnels do.
+        let early = |way: &Self| {
+            let tried =
+                |_: &BTreeSet<ClusterId>| way.untried.is_none_or(|untried| !untried.contains(cluster));
+            way.young && !(way.proved && way.told.is_some_and(tried))
+        };
+        let ready = Self::slots(ways, |way| own(way) && way.alive && !refuses(way) && !early(way));
+        if !ready.is_empty() {
+            return Slots { devices: ready, trouble: None };
+        }
         let best = Self::slots(ways, |way| own(way) && way.alive && !refuses(way));
         let all = Self::slots(ways, own);
         if !best.is_empty() || all.is_empty() {

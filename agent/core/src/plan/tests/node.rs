@@ -201,6 +201,40 @@ fn a_worker_leaves_gateways_that_are_dead_or_cut_off() {
 }
 
 #[test]
+fn gateways_that_came_lately_get_packets_once_they_can_carry_them() {
+    let mut w1 = world("w1");
+    let both = dead(&w1, &[5, 6]).dead;
+    w1.health.young = dead(&w1, &[6]).dead;
+    let prefix = "10.2.0.0/16";
+    assert_eq!(slots(&plan(&w1).0, prefix), Some(vec![5]));
+    w1.health.alive = both.clone();
+    assert_eq!(slots(&plan(&w1).0, prefix), Some(vec![5]), "it has said nothing yet");
+    w1.health.unreachable.insert(node("gw2"), BTreeSet::new());
+    w1.health.untried.insert(node("gw2"), [id("us")].into());
+    assert_eq!(slots(&plan(&w1).0, prefix), Some(vec![5]));
+    w1.health.untried.insert(node("gw2"), [id("as")].into());
+    assert_eq!(slots(&plan(&w1).0, prefix), Some(vec![5, 6]));
+    // Better than none, whatever is said; and of one that is not young it is no matter.
+    w1.health.untried.insert(node("gw2"), [id("us")].into());
+    w1.health.dead = dead(&world("w1"), &[5]).dead;
+    assert_eq!(slots(&plan(&w1).0, prefix), Some(vec![6]));
+    w1.health.dead = BTreeSet::new();
+    w1.health.young = BTreeSet::new();
+    assert_eq!(slots(&plan(&w1).0, prefix), Some(vec![5, 6]));
+    w1.health.young = both;
+    assert_eq!(slots(&plan(&w1).0, prefix), Some(vec![5, 6]), "all are");
+
+    let mut gw1 = world("gw1");
+    gw1.health.young = dead(&gw1, &[2]).dead;
+    assert_eq!(slots(&plan(&gw1).0, prefix), Some(vec![1]));
+    gw1.health.alive = gw1.health.young.clone();
+    assert_eq!(slots(&plan(&gw1).0, prefix), Some(vec![1, 2]));
+    gw1.health =
+        Health { young: gw1.health.young, dead: dead(&world("gw1"), &[1]).dead, ..Health::default() };
+    assert_eq!(slots(&plan(&gw1).0, prefix), Some(vec![2]));
+}
+
+#[test]
 fn unknown_is_kept_and_known_to_be_gone_goes() {
     let (desired, _) = plan(&NodeWorld { members: Known::No, ..world("w1") });
     assert_eq!(desired, NodeDesired::default());
@@ -480,6 +514,8 @@ fn any_world() -> impl Strategy<Value = NodeWorld> {
                 peers.enumerate().partition(|(i, _)| dead >> (i % 16) & 1 == 1);
             world.health.dead = gone.into_iter().map(|(_, p)| p).collect();
             world.health.alive = here.into_iter().filter(|(i, _)| i % 3 > 0).map(|(_, p)| p).collect();
+            world.health.young =
+                world.health.alive.iter().chain(&world.health.dead).copied().skip(1).collect();
             let told = (0..5).filter(|i| dead >> (i + 8) & 1 == 1);
             world.health.unreachable = told
                 .map(|i| {
