@@ -1,11 +1,15 @@
 //! Topologies by numbers, and what every shape is asked.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
+use std::io::{BufRead, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use tombolo_lab::program::AGENT_ADMIN;
+use tombolo_lab::sandbox::ROOT;
 use tombolo_lab::topology::Topology;
 use tombolo_lab::{Lab, wait_until};
 
@@ -146,6 +150,76 @@ pub fn slots(lab: &Lab, node: &str, prefix: &str) -> Result<Vec<String>> {
     slots.sort();
     slots.dedup();
     Ok(slots)
+}
+
+/// Routes, rules, peers with what they may send, and firewall of a node, as text without counters.
+pub fn kernel(lab: &Lab, node: &str) -> Result<String> {
+    let place = lab.place(node)?;
+    let mut text = String::new();
+    for args in [
+        &["ip", "route", "show", "table", "all", "proto", "98"][..],
+        &["ip", "-6", "route", "show", "table", "all", "proto", "98"],
+        &["ip", "rule", "show"],
+        &["ip", "-6", "rule", "show"],
+        &["nft", "-s", "list", "table", "inet", "tombolo"],
+    ] {
+        text += &place.capture(args)?;
+    }
+    for (device, peers) in peers(node)? {
+        writeln!(text, "{device}")?;
+        for (key, allowed) in peers {
+            writeln!(text, "  {key} {allowed:?}")?;
+        }
+    }
+    Ok(text)
+}
+
+type Peers = BTreeMap<String, BTreeSet<String>>;
+
+/// What a node's devices say of their peers: key and allowed IPs, by device.
+pub fn peers(node: &str) -> Result<BTreeMap<String, Peers>> {
+    let mut devices = BTreeMap::new();
+    for (name, lines) in devices_of(node)? {
+        let mut peers = Peers::new();
+        let mut last = String::new();
+        for (key, value) in lines {
+            if key == "public_key" {
+                peers.insert(value.clone(), BTreeSet::new());
+                last = value;
+            } else if key == "allowed_ip" {
+                peers.entry(last.clone()).or_default().insert(value);
+            }
+        }
+        devices.insert(name, peers);
+    }
+    Ok(devices)
+}
+
+/// All values that a node's devices give for a key of UAPI.
+pub fn uapi(node: &str, key: &str) -> Result<Vec<String>> {
+    let lines = devices_of(node)?.into_iter().flat_map(|(_, lines)| lines);
+    Ok(lines.filter(|(k, _)| k == key).map(|(_, value)| value).collect())
+}
+
+type Lines = Vec<(String, String)>;
+
+fn devices_of(node: &str) -> Result<Vec<(String, Lines)>> {
+    let sockets = Path::new(ROOT).join("node").join(node).join("run/wireguard");
+    let mut devices = Vec::new();
+    for entry in std::fs::read_dir(&sockets)?.flatten() {
+        let name = entry.file_name().to_string_lossy().trim_end_matches(".sock").to_owned();
+        // One that is nobody's any more.
+        let Ok(mut stream) = UnixStream::connect(entry.path()) else { continue };
+        stream.write_all(b"get=1\n\n")?;
+        let mut lines = Lines::new();
+        for line in BufReader::new(stream).lines() {
+            let line = line?;
+            let Some((key, value)) = line.split_once('=') else { break };
+            lines.push((key.to_owned(), value.to_owned()));
+        }
+        devices.push((name, lines));
+    }
+    Ok(devices)
 }
 
 /// Milliseconds since a moment.

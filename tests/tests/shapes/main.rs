@@ -2,5 +2,9 @@
 
 #![allow(unreachable_pub, missing_docs, clippy::unwrap_used, clippy::print_stderr)]
 
+mod churn;
 mod common;
+mod live;
+mod mesh;
+mod nat;
 mod small;
