@@ -18,19 +18,19 @@ pub(super) fn refused(replica: &Replica) -> Vec<Finding> {
             Object::Roots | Object::Brokers | Object::Revocations => "clusterset".to_owned(),
             Object::Membership(None) | Object::UnreadableStatement => return None,
         };
-        let (severity, reason_name) = match reason {
-            Reason::Equivocation(_) => (Severity::Error, "Equivocation"),
-            Reason::Fork { .. } => (Severity::Error, "Fork"),
-            Reason::Quota { .. } => (Severity::Error, "QuotaExceeded"),
-            Reason::Stale { .. } => (Severity::Warning, "StatementStale"),
-            // The rest of what was ended; the members themselves say so where it matters.
-            Reason::Revoked { .. } => return None,
-            Reason::Trust(_) | Reason::NoMembership { .. } | Reason::Content(_) => {
-                (Severity::Warning, "Refused")
-            }
-        };
         let message = format!("{object} is refused, what was verified before stays in use: {reason}");
-        Some(Finding { severity, reason: reason_name, object: place, message })
+        let finding = |reason, severity| Some(Finding { severity, reason, object: place, message });
+        match reason {
+            Reason::Equivocation(_) => finding("Equivocation", Severity::Error),
+            Reason::Fork { .. } => finding("Fork", Severity::Error),
+            Reason::Quota { .. } => finding("QuotaExceeded", Severity::Error),
+            Reason::Stale { .. } => finding("StatementStale", Severity::Warning),
+            // The rest of what was ended; the members themselves say so where it matters.
+            Reason::Revoked { .. } => None,
+            Reason::Trust(_) | Reason::NoMembership { .. } | Reason::Content(_) => {
+                finding("Refused", Severity::Warning)
+            }
+        }
     };
     replica.findings().iter().filter_map(finding).collect()
 }
