@@ -135,7 +135,44 @@ pub fn agent(node: &Node) -> Result<Vec<String>> {
 /// # Errors
 /// If it is not built.
 pub fn wireguard() -> Result<Vec<String>> {
-    line("tombolo-wireguard", &["serve", "--dir", DEVICES_DIR])
+    with(&[STAMPS], line("tombolo-wireguard", &["serve", "--dir", DEVICES_DIR])?)
+}
+
+/// Where devices write down their last handshakes: a node's own, not the machine's.
+pub const STAMPS: &str = "TOMBOLO_WIREGUARD_STATE_DIR=/run/lab/state/wireguard";
+
+/// A command line with these variables (`NAME=VALUE`).
+///
+/// # Errors
+/// None so far.
+pub fn with(variables: &[&str], line: Vec<String>) -> Result<Vec<String>> {
+    let mut whole = vec!["env".to_owned()];
+    whole.extend(variables.iter().map(|v| (*v).to_owned()));
+    whole.extend(line);
+    Ok(whole)
+}
+
+/// The variables under which a program's clock is shifted by so many seconds: the wall clock alone, as when somebody
+/// sets it.
+///
+/// # Errors
+/// If libfaketime is not installed.
+pub fn shifted(seconds: i64) -> Result<Vec<String>> {
+    let mut found = None;
+    for dir in ["/usr/lib", "/usr/lib64", "/usr/local/lib"] {
+        let entries = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path());
+        let files =
+            std::iter::once(PathBuf::from(dir)).chain(entries).map(|d| d.join("faketime/libfaketime.so.1"));
+        found = found.or_else(|| files.into_iter().find(|f| f.is_file()));
+    }
+    let library = found.context("libfaketime is missing, which shifts clocks: apt-get install faketime")?;
+    Ok(vec![
+        format!("LD_PRELOAD={}", library.display()),
+        format!("FAKETIME={seconds:+}"),
+        "DONT_FAKE_MONOTONIC=1".to_owned(),
+        "FAKETIME_DONT_FAKE_MONOTONIC=1".to_owned(),
+        "NO_FAKE_STAT=1".to_owned(),
+    ])
 }
 
 /// The administrator's directory: the lab is the administrator.
