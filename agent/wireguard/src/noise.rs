@@ -29,6 +29,8 @@ const REKEY_AFTER: Duration = Duration::from_secs(120);
 
 /// Bits of a receiver index that boringtun counts sessions with.
 const SESSION_BITS: u32 = 8;
+/// First byte of a call (WireGuard paper, 5.4.2).
+const INITIATION: u8 = 1;
 
 /// Where messages go that a session makes.
 pub trait Sink {
@@ -154,7 +156,14 @@ pub struct Session {
     unconfirmed: Option<u32>,
     /// Whether the keys in use come from a call of ours.
     called: bool,
+    /// Ticks since the first call for the first keys, until there are some.
+    calling: Option<u8>,
 }
+
+/// Ticks after which a call for the *first* keys is made anew. The protocol repeats a call after 5 s (REKEY_TIMEOUT);
+/// where one packet in five is lost, every third handshake needs that, and until then nothing passes. Peers take fifty
+/// calls a second.
+const EARLY: [u8; 4] = [2, 4, 8, 14];
 
 impl Session {
     /// A session that has not begun. `index` (24 bits) comes back in [`Addressee`].
@@ -163,7 +172,7 @@ impl Session {
         let limiter = Some(Arc::clone(&identity.open));
         let preshared = preshared.map(PresharedKey::bytes);
         let tunn = Tunn::new(identity.private.secret(), peer.noise(), preshared, None, index, limiter);
-        Self { tunn: Box::new(tunn), unconfirmed: None, called: false }
+        Self { tunn: Box::new(tunn), unconfirmed: None, called: false, calling: None }
     }
 
     /// Sends packets to the peer. Without a session the engine queues them (256 at most) and calls the peer. An
@@ -179,6 +188,7 @@ impl Session {
                 continue;
             }
             if let TunnResult::WriteToNetwork(message) = self.tunn.encapsulate(packet, &mut scratch.0) {
+                self.calling = self.calling.or((message.first() == Some(&INITIATION)).then_some(0));
                 sink.network(message);
             }
         }
@@ -240,6 +250,22 @@ impl Session {
         if let TunnResult::WriteToNetwork(message) =
             self.tunn.format_handshake_initiation(&mut scratch.0, false)
         {
+            self.calling = self.calling.or(Some(0));
+            sink.network(message);
+        }
+    }
+
+    /// Repeats a call for the first keys that is not answered.
+    fn call_again(&mut self, scratch: &mut Scratch, sink: &mut impl Sink) {
+        if self.is_established() {
+            self.calling = None;
+        }
+        let Some(ticks) = &mut self.calling else { return };
+        *ticks = ticks.saturating_add(1);
+        if EARLY.contains(ticks)
+            && let TunnResult::WriteToNetwork(message) =
+                self.tunn.format_handshake_initiation(&mut scratch.0, true)
+        {
             sink.network(message);
         }
     }
@@ -257,12 +283,16 @@ impl Session {
 
     /// Retransmission, rekeying, passive keepalive, expiry; to be called each 250 ms.
     pub fn handle_tick(&mut self, scratch: &mut Scratch, sink: &mut impl Sink) -> Tick {
+        self.call_again(scratch, sink);
         match self.tunn.update_timers(&mut scratch.0) {
             TunnResult::WriteToNetwork(message) => {
                 sink.network(message);
                 Tick::Fine
             }
-            TunnResult::Err(WireGuardError::ConnectionExpired) => Tick::Expired,
+            TunnResult::Err(WireGuardError::ConnectionExpired) => {
+                self.calling = None;
+                Tick::Expired
+            }
             _ => Tick::Fine,
         }
     }

@@ -59,6 +59,33 @@ fn both_may_call_at_once() {
 }
 
 #[test]
+fn a_lost_first_call_is_made_anew_at_once_and_seldom() {
+    let (mut a, _) = pair();
+    a.send(&packet("10.0.1.1", "10.0.2.1"));
+    a.tray.datagrams.clear();
+    let mut calls = 0;
+    // Five seconds: not one call is answered.
+    for _ in 0..20 {
+        a.device.handle_tick(now(), &mut a.tray);
+        calls += a.tray.datagrams.drain(..).filter(|(_, d)| d.len() == 148).count();
+    }
+    assert_eq!(calls, 4);
+    // Nobody answers a call twice, and once there are keys nobody calls.
+    let (mut a, mut b) = pair();
+    a.send(&packet("10.0.1.1", "10.0.2.1"));
+    a.tray.datagrams.clear();
+    a.device.handle_tick(now(), &mut a.tray);
+    a.device.handle_tick(now(), &mut a.tray);
+    carry(&mut a, &mut b);
+    assert_eq!(b.tray.packets.len(), 1, "what waited came by the second call");
+    for _ in 0..20 {
+        a.device.handle_tick(now(), &mut a.tray);
+        b.device.handle_tick(now(), &mut b.tray);
+    }
+    assert!(a.tray.datagrams.is_empty() && b.tray.datagrams.is_empty());
+}
+
+#[test]
 fn a_source_that_is_not_the_peers_goes_nowhere() {
     let (mut a, mut b) = pair();
     a.send(&packet("10.0.9.9", "10.0.2.1"));
