@@ -263,6 +263,12 @@ fn a_vanished_cluster_is_left_and_comes_back() {
             );
             Ok(())
         })?;
+        // And whoever asks why is told, as that node knows it.
+        wait_until("the reason", SOON, || {
+            let text = lab.tombolo("eu-w1", &["resolve", "--explain", WEB])?;
+            ensure!(text.contains("no way leads to cluster us-east"), "explains nothing: {text}");
+            Ok(())
+        })?;
         let (_, addresses) = lab.ask("eu-a", DB, 1)?;
         ensure!(addresses.into_iter().map(owner).collect::<Vec<_>>() == ["us-east"], "the last one was left");
         Ok(())

@@ -3,7 +3,7 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 use prost::Message as _;
-use tombolo_proto::model::{NodeName, Record, RecordKey, Scope, ServiceName, Subject};
+use tombolo_proto::model::{NodeName, Prefer, Preference, Record, RecordKey, Scope, ServiceName, Subject};
 use tombolo_proto::testing::*;
 use tombolo_proto::trust::{Context, Envelope, Grant, Revocations, Roots};
 use tombolo_proto::{pb, wire};
@@ -166,6 +166,24 @@ fn what_a_newer_version_adds() {
     let envelope = root.sign(Context::Grant, payload.clone());
     let taken = roots.grant(&envelope).unwrap();
     assert_eq!(&*taken.envelope().payload, &*payload, "passed on byte for byte");
+}
+
+#[test]
+fn preferences_never_cost_an_export() {
+    let mut export = pb::Export { r#type: 1, families: vec![1], ..Default::default() };
+    let bytes = export.encode_to_vec();
+    let read = wire::decode_export(&bytes).unwrap();
+    assert_eq!(read.preference, Preference::default());
+    assert_eq!(wire::encode_export(&read), bytes, "who prefers nothing states what it always did");
+    (export.prefer, export.priority, export.weight) = (99, 1000, 70_000);
+    let read = wire::decode_export(&export.encode_to_vec()).unwrap().preference;
+    assert_eq!((read.prefer, read.share.priority.get(), read.share.weight.get()), (None, 100, 100));
+    (export.prefer, export.priority, export.weight) = (1, 7, 3);
+    let read = wire::decode_export(&export.encode_to_vec()).unwrap().preference;
+    assert_eq!(
+        (read.prefer, read.share.priority.get(), read.share.weight.get()),
+        (Some(Prefer::Local), 7, 3)
+    );
 }
 
 #[test]

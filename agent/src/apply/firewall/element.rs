@@ -339,6 +339,7 @@ fn nets(all: impl Iterator<Item = IpNet>, family: Family) -> Elements {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use tombolo_agent_core::desired::Balance;
 
     use super::*;
 
@@ -379,6 +380,37 @@ mod tests {
         let verdict =
             json!([["10.0.0.1", {"goto": {"target": "elsewhere_1"}}], ["10.0.0.2", {"accept": null}]]);
         assert_eq!(parse(&verdict, &[Column::Address], &[Column::Verdict]), None);
+    }
+
+    #[test]
+    fn weights_are_repeated_entries() {
+        let vip = Vip { address: [198, 19, 0, 9].into(), protocol: Protocol::Tcp, port: 80 };
+        let entries = |last: u8, count: u16| {
+            ((IpAddr::from([10, 2, 0, last]), 8080), std::num::NonZeroU16::new(count).unwrap())
+        };
+        let balance = Balance { backends: [entries(1, 4), entries(2, 1)].into(), affinity: None };
+        let firewall = Firewall {
+            reach: Reach::Exports,
+            own: BTreeSet::new(),
+            local: BTreeSet::new(),
+            remote: BTreeSet::new(),
+            tunnel: BTreeSet::new(),
+            own_tunnel: BTreeSet::new(),
+            out_devices: BTreeSet::new(),
+            in_devices: BTreeSet::new(),
+            exported: BTreeSet::new(),
+            vips: [(vip, balance)].into(),
+            clusterset: BTreeSet::new(),
+            resolvers: BTreeSet::new(),
+            mtu: 1420,
+        };
+        let all = desired(&firewall);
+        assert_eq!(all["vip4"].values().next().unwrap(), &[Datum::Pick(Family::V4, 5)]);
+        let to = |last: u8| {
+            let wanted = Datum::Address([10, 2, 0, last].into());
+            all["backend4"].values().filter(|value| value[0] == wanted).count()
+        };
+        assert_eq!((all["backend4"].len(), to(1), to(2)), (5, 4, 1));
     }
 
     #[test]
