@@ -62,6 +62,8 @@ pub(crate) enum Command {
     Join(Join),
     /// Print this cluster's public key, for `tombolo admit`
     Key(ClusterArgs),
+    /// Leave the set: this cluster says nothing any more, and forgets the others
+    Leave(Leave),
     /// Change this cluster's keys, under traffic
     Rotate(Rotate),
     /// Export a service to the set
@@ -200,6 +202,18 @@ pub(crate) struct Join {
     /// A range of this cluster that no other may ever own here (Services, API server, ...); may be repeated.
     #[arg(long, value_name = "CIDR")]
     pub(crate) reserve: Vec<Prefix>,
+}
+
+#[derive(Args)]
+pub(crate) struct Leave {
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+    /// Seconds to wait until the leading agent has withdrawn everything. 0: do not wait.
+    #[arg(long, default_value_t = 20, value_name = "SECONDS")]
+    pub(crate) wait: u64,
+    /// Do not ask.
+    #[arg(long, short)]
+    pub(crate) yes: bool,
 }
 
 #[derive(Args)]

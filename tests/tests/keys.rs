@@ -454,3 +454,47 @@ fn revocation_comes_by_whoever_has_it() {
         measured("revocation-others-lost", flow.stop_udp()?.lost as f64, "packets")
     });
 }
+
+#[test]
+fn who_leaves_is_gone_and_may_come_back() {
+    scenario("who_leaves_is_gone_and_may_come_back", LIMIT, || {
+        let three = THREE.replace("brokers: [broker-1, broker-2]", "brokers: [broker-1]");
+        let lab = Lab::build(Topology::parse(&three)?)?;
+        lab.bring_up()?;
+        wait_until("tunnels", SOON, || lab.everybody_reaches_everybody())?;
+        lab.export("oslo", "production", "api")?;
+        let name = "api.production.svc.clusterset.local";
+        wait_until("the name", SOON, || {
+            ensure!(lab.ask("riga-a", name, 1)?.0 == 0, "not known");
+            Ok(())
+        })?;
+        let (oslo, riga) = (wireguard_keys(&lab, "oslo")?, wireguard_keys(&lab, "riga")?);
+        let flow = lab.udp_flow("riga-a", lab.topology().pod("turku-a")?.v4.into(), 1000)?;
+        let start = Instant::now();
+        let said = in_cluster(&lab, "oslo-1", &["leave", "--yes"], "")?;
+        ensure!(said.contains("states nothing any more") && said.contains("tombolo revoke oslo"), "{said}");
+        wait_until("the others to forget it", SOON, || {
+            ensure!(peers("riga-1")?.is_disjoint(&oslo), "riga-1 has peers still");
+            ensure!(lab.ask("riga-a", name, 1)?.0 == 3, "riga-a has the name still");
+            Ok(())
+        })?;
+        // Its ranges stay its own: never in clear.
+        let routes = routes(&lab, "riga-1")?;
+        ensure!(routes.contains("unreachable 10.1.0.0/16 "), "{routes}");
+        wait_until("it to forget the others", SOON, || forgotten(&lab, "oslo-1", "10.2.", &riga))?;
+        measured("leave", ms(start.elapsed()), "ms")?;
+        measured("leave-others-lost", lost(vec![flow])? as f64, "packets")?;
+        lab.join("oslo").err().context("a grant that lives is not granted anew by mistake")?;
+        let token = administrator(
+            &lab,
+            &["invite", "oslo", "--renew", "--pod-cidr", "10.1.0.0/16", "--pod-cidr", "fd00:10:1::/48"],
+        )?;
+        in_cluster(&lab, "oslo-1", &["join", "-"], &token)?;
+        wait_until("it to be back", SOON, || lab.everybody_reaches_everybody())?;
+        wait_until("the name to be back", SOON, || {
+            ensure!(lab.ask("riga-a", name, 1)?.0 == 0, "not known");
+            Ok(())
+        })
+        .map(drop)
+    });
+}

@@ -87,6 +87,8 @@ pub struct ClusterSet {
     /// Nodes that are to change their WireGuard keys, each once for every number that is larger than the one before
     /// (`tombolo rotate wireguard`).
     pub rotations: BTreeMap<NodeName, u64>,
+    /// Of its own will the cluster says nothing any more, and takes nothing of the others (`tombolo leave`).
+    pub leaving: bool,
 }
 
 /// coordination.k8s.io Lease `tombolo-controller`.

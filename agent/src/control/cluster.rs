@@ -61,6 +61,7 @@ struct Controller {
     cluster: ClusterId,
     epoch: u64,
     fence: Fence,
+    start: Instant,
     /// Position of the last statement.
     last: Option<Position>,
     /// Something is planned that is not stated yet.
@@ -136,6 +137,7 @@ pub async fn lead(
         cluster,
         epoch,
         fence,
+        start: Instant::now(),
         last: None,
         unsaid: true,
         ours: None,
@@ -251,6 +253,11 @@ impl Controller {
             self.said.send_replace(None);
             self.documents(&view, observed, &mut writes).await;
             self.not_a_member(&view, observed, findings, &mut writes).await;
+            writes.outcome()?;
+            return Ok(Next::Look(RESYNC));
+        }
+        if clusterset.leaving {
+            self.leave(turn, &view, observed, findings, &mut writes).await?;
             writes.outcome()?;
             return Ok(Next::Look(RESYNC));
         }
@@ -422,6 +429,33 @@ impl Controller {
         {
             self.keeper.documents(view, clusterset, members, writes).await;
         }
+    }
+
+    /// Says nothing any more, by a statement as good as any other, and takes down what was imported.
+    async fn leave(
+        &mut self,
+        turn: Option<Position>,
+        view: &View,
+        observed: &Observed,
+        mut findings: Vec<Finding>,
+        writes: &mut Writes<'_>,
+    ) -> Result<()> {
+        self.planned = None;
+        self.said.send_replace(None);
+        if let Some(local) = &mut self.local {
+            self.unsaid |= local.set_records(&BTreeMap::new());
+        }
+        let said = turn.map_or(Ok(()), |turn| self.publish(turn, &mut findings));
+        self.shown.tell(Part::Voice, findings);
+        said?;
+        if let (Some(members), Some(nodes)) = (observed.members.get(), observed.member_nodes.get()) {
+            self.keeper.members(self.start.elapsed(), members, nodes, writes).await;
+        }
+        let (slices, imports) = (Objects::default(), Objects::default());
+        writes.attempt("imported EndpointSlices stay", self.api.apply_slices(&slices)).await;
+        writes.attempt("ServiceImports stay", self.api.apply_imports(&imports)).await;
+        self.documents(view, observed, writes).await;
+        Ok(())
     }
 
     /// Takes down what was imported, but only by the administrator's word.

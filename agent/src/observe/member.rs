@@ -199,6 +199,19 @@ impl Held {
             };
             nodes.insert(cluster, member);
         }
+        // Once its own nodes are withdrawn, and so the others were told.
+        let withdrawn = |own: &MemberNodes| own.nodes.is_empty();
+        if input.clusterset.leaving && nodes.get(us).is_none_or(withdrawn) {
+            findings.push(Finding {
+                severity: Severity::Warning,
+                reason: "Leaving",
+                object: format!("cluster {us}"),
+                message: format!("{us} has left the set of its own will (tombolo leave): no tunnel, route or name of others is here"),
+            });
+            findings.sort();
+            findings.dedup();
+            return Members { nodes: BTreeMap::new(), usable: true, findings };
+        }
         self.ended &= !nodes.contains_key(us);
         let usable = nodes.contains_key(us) || self.ended;
         if !usable {

@@ -178,6 +178,7 @@ impl Joining {
             clusterset,
             reserved,
             rotations: BTreeMap::new(),
+            leaving: false,
         };
         Ok(Self { set, roots: invitation.roots.clone() })
     }
@@ -315,6 +316,8 @@ fn apply_settings(set: &mut ClusterSet, directory: &Directory, args: &Join) -> R
         set.topology = topology;
     }
     set.reserved.extend(&args.reserve);
+    // Who joins again has come back.
+    set.leaving = false;
     Ok(())
 }
 

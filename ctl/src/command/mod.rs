@@ -6,6 +6,7 @@ mod check;
 mod explain;
 mod export;
 mod join;
+mod leave;
 mod membership;
 mod resolve;
 mod rotate;
@@ -31,6 +32,7 @@ pub(crate) fn run(cli: Cli) -> Result<ExitCode> {
         Command::Members(args) => membership::members(&printer, &args)?,
         Command::Join(args) => join::join(&printer, &args)?,
         Command::Key(args) => join::key(&printer, &args)?,
+        Command::Leave(args) => leave::leave(&printer, &args)?,
         Command::Rotate(args) => rotate::rotate(&printer, &args)?,
         Command::Export(args) => export::export(&printer, &args)?,
         Command::Unexport(args) => export::unexport(&printer, &args)?,

@@ -52,6 +52,9 @@ pub struct ClusterSetSpec {
     /// Nodes that are to change their WireGuard keys, once for every number that is larger than the one before.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub rotations: BTreeMap<NodeName, u64>,
+    /// Of its own will the cluster says nothing any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leaving: bool,
 }
 
 /// Where it lies.
@@ -72,6 +75,7 @@ pub fn write(value: &ClusterSet) -> Result<ClusterSetResource, Problem> {
         clusterset: value.clusterset,
         reserved: value.reserved.clone(),
         rotations: value.rotations.clone(),
+        leaving: value.leaving,
     };
     Ok(ClusterSetResource { metadata: own_meta(&id()?), spec })
 }
@@ -93,5 +97,6 @@ pub fn read(object: &ClusterSetResource) -> Result<ClusterSet, Problem> {
         clusterset: spec.clusterset,
         reserved: spec.reserved.clone(),
         rotations: spec.rotations.clone(),
+        leaving: spec.leaving,
     })
 }

@@ -139,12 +139,13 @@ proptest! {
         revocations in proptest::option::of(any_envelope()),
         reserved in proptest::collection::btree_set(any_prefix(), 0..3),
         rotations in proptest::collection::btree_map(any_node(), 0..u64::MAX, 0..3),
+        leaving in any::<bool>(),
     ) {
         let clusterset = ClustersetRanges {
             v4: Some("198.19.0.0/16".parse().unwrap()),
             v6: Some("fd19:746f:6d62::/112".parse().unwrap()),
         };
-        let set = ClusterSet { set, cluster, roots, brokers, revocations, reach: Reach::All, topology: Topology::Mesh, clusterset, reserved, rotations };
+        let set = ClusterSet { set, cluster, roots, brokers, revocations, reach: Reach::All, topology: Topology::Mesh, clusterset, reserved, rotations, leaving };
         let object = json(&cluster_set::write(&set).unwrap());
         prop_assert_eq!(cluster_set::read(&typed(&object).unwrap()).unwrap(), set);
     }

@@ -120,6 +120,7 @@ impl Bench {
             clusterset: ClustersetRanges { v4: Some("198.19.0.0/29".parse().unwrap()), v6: None },
             reserved: BTreeSet::new(),
             rotations: BTreeMap::new(),
+            leaving: false,
         });
         self.directory.join(&set, &key, &object(&membership)).unwrap();
     }
@@ -525,5 +526,35 @@ async fn a_rotation_that_was_cut_off_silences_nobody() {
     until("it speaks on", || bench.position() > before).await;
     assert!(bench.directory.rotate_cluster_key().unwrap().resumed);
     assert!(!bench.found("KeyMismatch"));
+    running.end().await;
+}
+
+#[tokio::test]
+async fn who_leaves_says_nothing_and_may_come_back() {
+    let bench = Bench::new();
+    bench.export("api");
+    bench.tunnel_node("a").await;
+    let running = bench.lead();
+    until("the export is imported", || bench.imports() == 1 && bench.tunnels().len() == 1).await;
+    let before = bench.position();
+    let leaving = |leaving: bool| {
+        let mut known = bench.directory.read_clusterset().unwrap().unwrap();
+        known.value.leaving = leaving;
+        (known.value, known.version)
+    };
+    let (set, version) = leaving(true);
+    bench.directory.write_clusterset(&set, Some(&version)).await.unwrap();
+    until("nothing is left", || bench.imports() == 0 && bench.tunnels().is_empty() && bench.is_whole()).await;
+    assert!(bench.position() > before);
+    let silent = bench.position();
+    bench.tunnel_node("b").await;
+    running.end().await;
+    // A leader that starts now says nothing either, but for its new epoch.
+    let running = bench.lead();
+    until("it has spoken", || bench.position() > silent).await;
+    assert!(bench.tunnels().is_empty() && bench.imports() == 0);
+    let (set, version) = leaving(false);
+    bench.directory.write_clusterset(&set, Some(&version)).await.unwrap();
+    until("all is back", || bench.imports() == 1 && bench.tunnels().len() == 2).await;
     running.end().await;
 }

@@ -80,6 +80,7 @@ fn observed() -> Observed {
             clusterset: ClustersetRanges { v4: None, v6: None },
             reserved: BTreeSet::new(),
             rotations: BTreeMap::new(),
+            leaving: false,
         })),
         members: Known::Yes(BTreeMap::new()),
         member_nodes: Known::Yes(BTreeMap::new()),

@@ -37,6 +37,7 @@ fn join(directory: &Directory, serial: u64, key: &SigningKey) -> Membership {
         clusterset: ClustersetRanges { v4: Some("198.19.0.0/16".parse().unwrap()), v6: None },
         reserved: BTreeSet::new(),
         rotations: std::collections::BTreeMap::new(),
+        leaving: false,
     };
     directory.join(&set, key, &object(&membership)).unwrap();
     membership

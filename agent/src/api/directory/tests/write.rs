@@ -362,6 +362,7 @@ fn joined(directory: &Directory) -> (ClusterSet, SigningKey, Member) {
         clusterset: ClustersetRanges { v4: Some("198.19.0.0/16".parse().unwrap()), v6: None },
         reserved: BTreeSet::new(),
         rotations: BTreeMap::new(),
+        leaving: false,
     };
     let member = Member {
         grant: membership.grant().envelope().clone(),

@@ -75,6 +75,7 @@ fn here(change: impl FnOnce(&mut Observed, &mut Members)) -> Here {
         clusterset: ranges,
         reserved: BTreeSet::new(),
         rotations: BTreeMap::new(),
+        leaving: false,
     };
     let import = Import {
         kind: ServiceType::ClusterSetIP,
