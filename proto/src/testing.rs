@@ -2,6 +2,8 @@
 //! strategies for every model type and document. Behind feature `testing`, which no program enables.
 #![allow(clippy::unwrap_used)]
 
+pub mod readers;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU32;
