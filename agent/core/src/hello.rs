@@ -51,7 +51,7 @@ pub struct Hello {
     pub number: u64,
     /// Clusters that the sender has no live tunnel to.
     pub cannot_reach: BTreeSet<ClusterId>,
-    /// Clusters to which none of the sender's tunnels has ever answered.
+    /// Clusters to which none of the sender's tunnels has ever answered; its own, if one inward never has.
     pub untried: BTreeSet<ClusterId>,
     /// How far the sender has heard of each cluster; some, if there are many.
     pub positions: BTreeMap<ClusterId, Position>,
@@ -212,8 +212,10 @@ pub fn cannot_reach(
     lives.into_iter().filter(|(_, lives)| !lives).map(|(cluster, _)| cluster.clone()).collect()
 }
 
-/// Clusters to whose gateways this node has tunnels of its own, none of which has ever answered.
+/// Clusters to whose gateways this node has tunnels of its own, none of which has ever answered; the own one, if a tunnel
+/// to a node of it never has.
 pub fn untried(
+    own: &ClusterId,
     devices: &BTreeMap<DeviceNumber, TunnelDevice>,
     dead: &BTreeSet<PeerId>,
     alive: &BTreeSet<PeerId>,
@@ -224,6 +226,13 @@ pub fn untried(
         for (key, peer) in &device.peers {
             let id = (*number, *key);
             *tried.entry(&peer.node.cluster).or_default() |= dead.contains(&id) || alive.contains(&id);
+        }
+    }
+    let inward = devices.iter().filter(|(n, _)| n.family() == DeviceFamily::In);
+    for (number, device) in inward {
+        for key in device.peers.keys() {
+            let id = (*number, *key);
+            *tried.entry(own).or_insert(true) &= dead.contains(&id) || alive.contains(&id);
         }
     }
     tried.into_iter().filter(|(_, tried)| !tried).map(|(cluster, _)| cluster.clone()).collect()
@@ -375,6 +384,25 @@ impl Hellos {
     /// The same for clusters to which none of their tunnels has ever answered.
     pub fn untried(&self, now: Duration) -> BTreeMap<NodeName, BTreeSet<ClusterId>> {
         self.own(now).map(|(node, hello)| (node, hello.untried.clone())).collect()
+    }
+
+    /// Of peers that came lately: those that get no packets yet. A gateway of another cluster does once it answers and has
+    /// said that it reaches its own nodes; what own ones reach is the plan's to judge.
+    pub fn early(
+        &self,
+        now: Duration,
+        young: &BTreeSet<PeerId>,
+        alive: &BTreeSet<PeerId>,
+    ) -> BTreeSet<PeerId> {
+        let is = |id: &PeerId| {
+            let Some(Peer { node, .. }) = self.peers.get(id).filter(|peer| peer.node.cluster != self.cluster)
+            else {
+                return true;
+            };
+            let heard = self.heard.get(node).filter(|(at, _)| now < *at + VALIDITY);
+            !alive.contains(id) || heard.is_none_or(|(_, hello)| hello.untried.contains(&node.cluster))
+        };
+        young.iter().filter(|id| is(id)).copied().collect()
     }
 
     fn own(&self, now: Duration) -> impl Iterator<Item = (NodeName, &Hello)> {
@@ -579,6 +607,23 @@ mod tests {
             count += sent(&mut hellos, ms(now)).len();
         }
         assert!(count <= 3 * 51, "{count}");
+    }
+
+    #[test]
+    fn a_foreign_gateway_that_came_lately_waits_until_it_reaches_its_own_nodes() {
+        let mut hellos = hellos();
+        let (own, foreign) = (id(1), id(3));
+        let young = BTreeSet::from([own, foreign]);
+        let early = |hellos: &Hellos, alive: &[PeerId]| {
+            hellos.early(ms(10), &young, &alive.iter().copied().collect())
+        };
+        assert_eq!(early(&hellos, &[own, foreign]), young, "it has said nothing");
+        let hello = |number, c: &[&str]| Hello { number, untried: clusters(c), ..Hello::default() };
+        hellos.handle_hello(ms(0), foreign, hello(1, &["b"]));
+        assert_eq!(early(&hellos, &[foreign]), young);
+        hellos.handle_hello(ms(0), foreign, hello(2, &["a"]));
+        assert_eq!(early(&hellos, &[]), young, "it does not answer");
+        assert_eq!(early(&hellos, &[foreign]), BTreeSet::from([own]), "own ones the plan judges");
     }
 
     #[test]

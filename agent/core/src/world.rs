@@ -82,7 +82,8 @@ pub struct Health {
     pub dead: BTreeSet<PeerId>,
     /// Peers of this node that answer: what is neither here nor in `dead` never has.
     pub alive: BTreeSet<PeerId>,
-    /// Peers that came lately to others that have lived for a while: better none of these, if another way is there.
+    /// Peers that came lately to others that have lived for a while, and have not shown yet that they can carry: better
+    /// none of these, if another way is there. An own gateway has, once it answers and says what it has tried.
     pub young: BTreeSet<PeerId>,
     /// By own node that said something lately: clusters that it has no live tunnel to.
     pub unreachable: BTreeMap<NodeName, BTreeSet<ClusterId>>,

@@ -55,7 +55,8 @@ pub async fn run(
                 look = Instant::now() + LOOK;
             }
             let now = task.start.elapsed();
-            let reach = (cannot_reach(&new.devices, &dead), untried(&new.devices, &dead, &alive));
+            let reach =
+                (cannot_reach(&new.devices, &dead), untried(&new.cluster, &new.devices, &dead, &alive));
             task.hellos.handle_content(now, reach, new.positions.clone());
             task.say(&sockets);
             let timeout = task.hellos.poll_timeout(task.start.elapsed()).map(|at| task.start + at);
@@ -66,6 +67,10 @@ pub async fn run(
         }
         let unreachable = task.as_ref().map(|t| t.hellos.unreachable(t.start.elapsed())).unwrap_or_default();
         let untried = task.as_ref().map(|t| t.hellos.untried(t.start.elapsed())).unwrap_or_default();
+        let young = match &task {
+            Some(task) => task.hellos.early(task.start.elapsed(), &young, &alive),
+            None => young,
+        };
         let value = Health { dead, alive, young, unreachable, untried };
         let missed = task.as_ref().map(|t| t.hellos.withheld(t.start.elapsed())).unwrap_or_default();
         withheld.send_if_modified(|old| {

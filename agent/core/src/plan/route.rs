@@ -172,7 +172,7 @@ impl<'a> Way<'a> {
         let out = |way: &Self| way.number.family() == DeviceFamily::Out;
         let all = Self::slots(ways, out);
         let live = Self::slots(ways, |way| out(way) && way.alive);
-        let ready = Self::slots(ways, |way| out(way) && way.alive && (way.proved || !way.young));
+        let ready = Self::slots(ways, |way| out(way) && way.alive && !way.young);
         if !ready.is_empty() {
             return Slots { devices: ready, trouble: None };
         }
