@@ -225,11 +225,8 @@ fn name_all(
             called.entry(number(port)).or_default().push(name.clone());
         }
     }
-    for at in 0..merged.len() {
-        if merged[at].name.is_some() {
-            continue;
-        }
-        let nameless = merged[at].clone();
+    for port in merged.iter_mut().filter(|port| port.name.is_none()) {
+        let nameless = port.clone();
         let own = BTreeSet::from([number(&nameless)]);
         let theirs = called.get(&number(&nameless)).cloned().unwrap_or_default();
         let text = format!("{}-{}", nameless.protocol.as_str().to_ascii_lowercase(), nameless.port);
@@ -238,10 +235,10 @@ fn name_all(
         let free = |name: &PortName| meant.get(name).is_none_or(|numbers| *numbers == own);
         let Some(name) = theirs.into_iter().chain(made).find(free) else { continue };
         meant.insert(name.clone(), own);
-        merged[at].name = Some(name);
+        port.name = Some(name);
         for list in exposed.values_mut() {
             for e in list.iter_mut().filter(|e| e.merged == nameless) {
-                e.merged = merged[at].clone();
+                e.merged = port.clone();
             }
         }
     }

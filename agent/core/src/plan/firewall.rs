@@ -20,8 +20,7 @@ pub(crate) fn firewall(
     stations: &BTreeMap<&ClusterId, Stations<'_>>,
     hosts: &BTreeMap<IpAddr, NodeName>,
     view: View<'_>,
-    imports: &BTreeMap<ServiceKey, Import>,
-    slices: &BTreeMap<SliceKey, Slice>,
+    (imports, slices): (&BTreeMap<ServiceKey, Import>, &BTreeMap<SliceKey, Slice>),
     findings: &mut Findings,
 ) -> Firewall {
     let own = members.get(&world.cluster);

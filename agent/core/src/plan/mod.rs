@@ -69,7 +69,7 @@ fn plan_node(world: &NodeWorld, findings: &mut Findings) -> NodeDesired {
     let unreached = eligible::unreached(world, &devices);
     let view = View { cluster: &world.cluster, unreached: &unreached };
     desired.zone = Section::Set(Zone::eligible(imports, &slices, view));
-    let firewall = firewall::firewall(world, members, &stations, hosts, view, imports, &slices, findings);
+    let firewall = firewall::firewall(world, members, &stations, hosts, view, (imports, &*slices), findings);
     desired.firewall = Section::Set(firewall);
     if members.contains_key(&world.cluster) {
         let routes = route::routes(world, members, &stations, &devices, findings);
