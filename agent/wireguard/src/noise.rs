@@ -162,8 +162,8 @@ pub struct Session {
 
 /// Ticks after which a call for the *first* keys is made anew. The protocol repeats a call after 5 s (REKEY_TIMEOUT);
 /// where one packet in five is lost, every third handshake needs that, and until then nothing passes. Peers take fifty
-/// calls a second.
-const EARLY: [u8; 4] = [2, 4, 8, 14];
+/// calls a second. An answer may take until the call after the next.
+const EARLY: [u8; 7] = [2, 4, 6, 9, 12, 15, 18];
 
 impl Session {
     /// A session that has not begun. `index` (24 bits) comes back in [`Addressee`].
@@ -257,7 +257,8 @@ impl Session {
 
     /// Repeats a call for the first keys that is not answered.
     fn call_again(&mut self, scratch: &mut Scratch, sink: &mut impl Sink) {
-        if self.is_established() {
+        // That the peer called too, and may not have heard our answer, is not enough.
+        if self.is_established() && self.unconfirmed.is_none() {
             self.calling = None;
         }
         let Some(ticks) = &mut self.calling else { return };
