@@ -511,6 +511,43 @@ fn a_revocation_counts_before_a_broker_knows_it() {
     assert_eq!(bench.json("members")["items"][2]["serial"], 3);
 }
 
+/// As the agent of a node writes it.
+const TUNNEL_NODE: &str = r#"{
+  "apiVersion": "tombolo.dev/v1alpha1",
+  "kind": "TunnelNode",
+  "metadata": {"name": "gw1", "labels": {"tombolo.dev/managed-by": "tombolo.dev"}},
+  "spec": {"devices": [{"number": 1, "key": "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=", "port": 4511}],
+           "candidates": ["192.0.2.1"], "prefixes": []}
+}"#;
+
+fn write_tunnel_node(bench: &Bench, cluster: &str) {
+    let nodes = bench.path(&format!("{cluster}/state/tunnelnodes.tombolo.dev/_"));
+    fs::create_dir_all(&nodes).unwrap();
+    fs::write(nodes.join("gw1.json"), TUNNEL_NODE).unwrap();
+}
+
+#[test]
+fn nodes_are_asked_for_other_wireguard_keys_by_a_number_that_grows() {
+    let bench = Bench::founded();
+    let token = bench.token("a", "10.1.0.0/16");
+    bench.run_with("join - --cluster-dir c", &token).ok();
+    bench.refuses("rotate wireguard --all --cluster-dir c", &["no agent has told of any node"]);
+    write_tunnel_node(&bench, "c");
+    bench.refuses("rotate wireguard gw2 --cluster-dir c", &["no agent has told of a node gw2", "gw1"]);
+    bench.refuses_with("rotate wireguard --cluster-dir c", "", 2, &["<NODE>"]);
+    bench.refuses_with("rotate wireguard gw1 --all --cluster-dir c", "", 2, &["cannot be used with"]);
+    let wish = || {
+        let set = fs::read_to_string(bench.path("c/state/clustersets.tombolo.dev/_/clusterset.json")).unwrap();
+        serde_json::from_str::<Value>(&set).unwrap()["spec"]["rotations"]["gw1"].as_u64().unwrap()
+    };
+    let out = bench.run("rotate wireguard gw1 --cluster-dir c --wait 0").ok();
+    assert!(out.contains("gw1") && out.contains("asked for"), "{out}");
+    let first = wish();
+    let ran = bench.run("rotate wireguard --all --cluster-dir c --wait 1");
+    assert!(ran.code == 0 && ran.err.contains("1 of 1 nodes have not told new keys"), "{}", ran.err);
+    assert!(wish() > first);
+}
+
 /// The broker of a set that was made with `address`, out of the files that `init` wrote.
 async fn broker(bench: &Bench, address: std::net::SocketAddr) -> tombolo_broker::Broker {
     use tombolo_broker::config::{read_identity, read_set};
@@ -615,6 +652,10 @@ fn names_of_fields_are_stable() {
     show("resolve", &bench.json("resolve shop.production --cluster-dir c"));
     show("resolve --explain", &bench.json("resolve --explain shop.production --cluster-dir c"));
     show("explain", &parse(bench.run("explain shop.production --node one --cluster-dir c -o json")));
+    write_tunnel_node(&bench, "c");
+    show("rotate wireguard", &bench.json("rotate wireguard --all --wait 0 --cluster-dir c"));
+    show("rotate cluster-key", &bench.json("rotate cluster-key --cluster-dir c --wait 0"));
+    show("leave", &bench.json("leave --cluster-dir c --yes --wait 0"));
     show("revoke", &bench.json("revoke a --yes --offline"));
     let check = parse(bench.run("check --pre -o json"));
     assert!(check["checks"].as_array().unwrap().len() > 3);
