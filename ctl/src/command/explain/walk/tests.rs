@@ -13,8 +13,8 @@ use tombolo_agent_core::object::{Import, Slice, SliceKey};
 use tombolo_agent_core::plan;
 use tombolo_agent_core::world::{ClustersetRanges, Health, MemberNodes, NodeWorld, Reach, Topology};
 use tombolo_proto::model::{
-    Backend, Device, DeviceFamily, DeviceNumber, Endpoint, Family, Lane, Namespace, Port, PortName, Rank,
-    ServiceName, ServiceType, WireguardKey,
+    Backend, Device, DeviceFamily, DeviceNumber, Endpoint, Family, Lane, Namespace, Port, PortName, Priority,
+    Rank, ServiceName, ServiceType, Share, WireguardKey,
 };
 use tombolo_proto::trust::SetId;
 
@@ -267,6 +267,36 @@ fn a_refused_cluster_is_said_and_not_walked() {
         eligible.message.contains("1 of c; not 10.2.0.5 (b): cluster b is not known here"),
         "{eligible:?}"
     );
+}
+
+#[test]
+fn what_policy_leaves_out_is_said() {
+    let passive = here(|observed, _| {
+        let Known::Yes(imports) = &mut observed.imports else { panic!() };
+        let share = Share { priority: Priority::new(10).unwrap(), ..Share::default() };
+        imports.get_mut(&key()).unwrap().preferences.shares.insert(id("c"), share);
+    });
+    let told = steps(&passive, &Fake { vip: Some(1), ..Fake::default() }, name());
+    assert_eq!(broken(&told), []);
+    let eligible = told.iter().find(|s| s.step == "eligible").unwrap();
+    assert!(
+        eligible.message.contains("1 of b; not 10.3.0.5 (c): cluster c has priority 10")
+            && eligible.message.contains("backends of priority 0"),
+        "{eligible:?}"
+    );
+    let local = here(|observed, members| {
+        let Known::Yes(imports) = &mut observed.imports else { panic!() };
+        imports.get_mut(&key()).unwrap().preferences.local = true;
+        let Known::Yes(slices) = &mut observed.slices else { panic!() };
+        let (mut place, mut slice) = slices.pop_first().unwrap();
+        place.source = id("a");
+        let own = members.nodes[&id("a")].owned.iter().next().unwrap().net().network();
+        slice.backends[0].address = own;
+        slices.insert(place, slice);
+    });
+    let rows = super::super::backend::rows(&local, &key(), &local.observed.imports.get().unwrap()[&key()]);
+    let left: Vec<&str> = rows.iter().filter(|r| !r.used).map(|r| r.reason.as_str()).collect();
+    assert!(left.iter().any(|reason| reason.contains("prefers local backends")), "{left:?}");
 }
 
 #[test]
