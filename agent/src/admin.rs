@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -15,8 +16,10 @@ use tokio_util::sync::CancellationToken;
 use tombolo_agent_core::desired::NodeDesired;
 use tombolo_agent_core::finding::Finding;
 use tombolo_agent_core::world::NodeWorld;
+use tracing::debug;
 
-use crate::metrics::Metrics;
+use crate::apply::Drops;
+use crate::metrics::{DropLabel, Metrics};
 use crate::tell::{Part, Teller};
 
 /// A world and what was made of it.
@@ -40,7 +43,12 @@ pub struct Shown {
     /// Counters.
     pub metrics: Metrics,
     teller: Teller,
+    /// Set by who runs a node: reads what its firewall dropped.
+    drops: OnceLock<tokio::sync::Mutex<(Drops, Option<Instant>)>>,
 }
+
+/// Dropped packets are read so often at most: each time is a process.
+const DROPS_EVERY: Duration = Duration::from_secs(1);
 
 impl Shown {
     /// Nothing known yet: not ready.
@@ -53,6 +61,7 @@ impl Shown {
             node_findings: ArcSwap::default(),
             cluster_findings: ArcSwap::default(),
             planned: ArcSwapOption::empty(),
+            drops: OnceLock::new(),
             metrics,
         })
     }
@@ -64,6 +73,30 @@ impl Shown {
             Part::Node => self.node_findings.store(all),
             Part::Voice | Part::Services => self.cluster_findings.store(all),
         }
+    }
+
+    /// From now on metrics tell what the firewall dropped.
+    pub fn count_drops(&self, drops: Drops) {
+        let _ = self.drops.set(tokio::sync::Mutex::new((drops, None)));
+    }
+
+    /// Reads what was dropped; what cannot be read stays as it was.
+    async fn read_drops(&self) {
+        let Some(drops) = self.drops.get() else { return };
+        let mut drops = drops.lock().await;
+        if drops.1.is_some_and(|at| at.elapsed() < DROPS_EVERY) {
+            return;
+        }
+        match drops.0.read().await {
+            Ok(counts) => {
+                for (reason, count) in counts {
+                    let gauge = self.metrics.dropped.get_or_create(&DropLabel { reason }).clone();
+                    gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+                }
+            }
+            Err(error) => debug!("the counters of dropped packets cannot be read: {error}"),
+        }
+        drops.1 = Some(Instant::now());
     }
 
     /// Ends what the controller found, since it leads no more.
@@ -132,6 +165,7 @@ async fn readyz(
 }
 
 async fn metrics(State(shown): State<Arc<Shown>>) -> impl IntoResponse {
+    shown.read_drops().await;
     let mut text = String::new();
     let registry = shown.metrics.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     match prometheus_client::encoding::text::encode(&mut text, &registry) {

@@ -20,6 +20,13 @@ pub struct FindingLabel {
     pub by: &'static str,
 }
 
+/// Label `reason` of dropped packets.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct DropLabel {
+    /// Name of a counter of our table.
+    pub reason: String,
+}
+
 /// Label `broker`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct BrokerLabel {
@@ -48,6 +55,8 @@ pub struct Metrics {
     pub kernel_writes: Counter,
     /// Findings now, by reason and by who found it.
     pub findings: Family<FindingLabel, Gauge>,
+    /// Packets that the firewall of this node has dropped since its table was made, by counter.
+    pub dropped: Family<DropLabel, Gauge>,
     /// Whether this agent leads its cluster.
     pub leader: Gauge,
     /// Statements signed.
@@ -71,6 +80,7 @@ impl Metrics {
             reconcile_seconds: Histogram::new(buckets),
             kernel_writes: Counter::default(),
             findings: Family::default(),
+            dropped: Family::default(),
             leader: Gauge::<i64, AtomicI64>::default(),
             statements: Counter::default(),
             refusals: Counter::default(),
@@ -93,6 +103,11 @@ impl Metrics {
             metrics.kernel_writes.clone(),
         );
         registry.register("findings", "Findings now", metrics.findings.clone());
+        registry.register(
+            "dropped_packets",
+            "Packets dropped by the firewall since its table was made",
+            metrics.dropped.clone(),
+        );
         registry.register("leader", "1 while this agent leads its cluster", metrics.leader.clone());
         registry.register("statements", "Statements signed", metrics.statements.clone());
         registry.register("refusals", "Documents and statements refused", metrics.refusals.clone());

@@ -29,9 +29,10 @@ use futures::future::join_all;
 use serde::{Serialize, Serializer};
 use thiserror::Error;
 use tombolo_agent_core::desired::{NodeDesired, Rule, TunnelDevice};
+use tombolo_agent_core::object::NodeKey;
 use tombolo_proto::model::{DeviceNumber, WireguardKey};
 
-use device::{Attempts, DeviceError, DeviceState, PeerAction, TunnelDriver};
+use device::{Attempts, DeviceError, DeviceState, Owners, PeerAction, TunnelDriver};
 use firewall::{FirewallError, Nft};
 use key::{DeviceKeys, KeyError};
 use link::ALIAS;
@@ -56,6 +57,24 @@ impl Default for Options {
             sockets: "/var/run/wireguard".into(),
             nft: "nft".into(),
         }
+    }
+}
+
+/// Reads what the firewall has dropped, for whoever applies nothing.
+pub struct Drops(Nft);
+
+impl Drops {
+    /// With the same programs as [`Appliers`].
+    pub fn new(options: &Options) -> Self {
+        Self(Nft::new(options.nft.clone(), Arc::default()))
+    }
+
+    /// Packets, by counter.
+    ///
+    /// # Errors
+    /// If nft cannot be run, or answers something else.
+    pub async fn read(&self) -> Result<BTreeMap<String, u64>, FirewallError> {
+        self.0.drops().await
     }
 }
 
@@ -269,6 +288,7 @@ pub struct Appliers {
     nft: Nft,
     keys: Arc<DeviceKeys>,
     attempts: BTreeMap<DeviceNumber, Attempts>,
+    owners: Owners,
     writes: Arc<Writes>,
 }
 
@@ -289,7 +309,12 @@ impl Appliers {
     ) -> io::Result<Self> {
         let netlink = Netlink::open(writes.clone())?;
         let nft = Nft::new(nft, writes.clone());
-        Ok(Self { netlink, driver, nft, keys, attempts: BTreeMap::new(), writes })
+        Ok(Self { netlink, driver, nft, keys, attempts: BTreeMap::new(), owners: Owners::new(), writes })
+    }
+
+    /// Whose keys these were before this process: a node that has another one takes over from itself.
+    pub fn remember(&mut self, owners: impl IntoIterator<Item = (WireguardKey, NodeKey)>) {
+        self.owners.extend(owners);
     }
 
     /// What was written since the start.
@@ -437,6 +462,12 @@ impl Appliers {
             self.set_addresses(number, link.index, device, addresses.get(&link.index), report).await;
             self.set_peers(number, device, report).await;
         }
+        // What failed is tried again, and then the old key is still there.
+        if report.is_clean() {
+            self.owners.clear();
+        }
+        let peers = devices.values().flat_map(|device| &device.peers);
+        self.owners.extend(peers.map(|(key, peer)| (*key, peer.node.clone())));
     }
 
     async fn set_addresses(
@@ -468,8 +499,15 @@ impl Appliers {
         let actual = self.driver.read(number).await.map_err(ApplyError::Device);
         let Some(actual) = report.take(subject.clone(), actual) else { return };
         let attempts = self.attempts.entry(number).or_default();
-        let change =
-            device::diff(number, device, &pair, &actual, attempts, (Instant::now(), SystemTime::now()));
+        let change = device::diff(
+            number,
+            device,
+            &pair,
+            &actual,
+            &self.owners,
+            attempts,
+            (Instant::now(), SystemTime::now()),
+        );
         if change.is_empty() {
             return self.handle_keys(number, &actual, report);
         }

@@ -23,7 +23,7 @@ use crate::api::directory::Directory;
 use crate::apply::device::TunnelDriver;
 use crate::apply::key::DeviceKeys;
 use crate::apply::uapi::Userspace;
-use crate::apply::{Appliers, Options};
+use crate::apply::{Appliers, Drops, Options};
 use crate::config::{Config, Role};
 use crate::dns::{self, DnsMetrics};
 use crate::hold::DnsSockets;
@@ -57,6 +57,7 @@ pub async fn run(
         let (zone, watch) = watch::channel(None);
         resolver = Some(dns::serve(sockets, watch, metrics).context("the resolver does not start")?);
         let appliers = Appliers::new(options(&config), keys.clone()).context("no netlink socket")?;
+        shown.count_drops(Drops::new(&options(&config)));
         let monitor = Monitor::start().await.context("no netlink socket")?;
         let cache = Cache::new(&config.state_dir);
         let memory = Memory::load(&config.state_dir);

@@ -63,6 +63,12 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Lines a minute about one broker: it, or whoever speaks through it, causes them.
 const LINES: u32 = 10;
 
+/// Whether what came was no message, or too large for one: not a failure of the transport.
+fn is_malformed(status: &tonic::Status) -> bool {
+    use tonic::Code::{DataLoss, Internal, InvalidArgument, OutOfRange, ResourceExhausted};
+    matches!(status.code(), Internal | OutOfRange | InvalidArgument | DataLoss | ResourceExhausted)
+}
+
 /// Keeps a session with every broker of the newest list until `stop`.
 pub async fn run(shared: Arc<Shared>, key: Arc<SigningKey>, shown: Arc<Shown>, stop: CancellationToken) {
     let mut changed = shared.changed();
@@ -245,6 +251,9 @@ impl Caller {
             }
             tokio::select! {
                 message = inbox.message() => {
+                    if message.as_ref().is_err_and(is_malformed) {
+                        self.shown.metrics.refusals.inc();
+                    }
                     let Some(message) = message.context("the session broke")? else { return Ok(()) };
                     if up.is_none() {
                         *up = Some(Instant::now());
@@ -252,7 +261,11 @@ impl Caller {
                         let address = self.broker.address.clone();
                         self.say(|| info!(broker = %address, "session with the broker"));
                     }
-                    let Some(message) = decode_message(&message).context("the broker sent something malformed")? else { continue };
+                    let message = decode_message(&message).context("the broker sent something malformed");
+                    if message.is_err() {
+                        self.shown.metrics.refusals.inc();
+                    }
+                    let Some(message) = message? else { continue };
                     self.handle(&mut session, message)?;
                 }
                 result = changed.changed() => result.context("the controller ended")?,

@@ -1,5 +1,6 @@
 //! The agent's admin pages, by as little HTTP as they need.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
@@ -58,6 +59,16 @@ pub(super) fn readiness(admin: SocketAddr) -> io::Result<(bool, Vec<String>)> {
     let (status, body) = get(admin, "/readyz?verbose")?;
     let problems = body.lines().filter(|line| line.starts_with("[-]")).map(plain).collect();
     Ok((status == 200, problems))
+}
+
+/// Packets that the node's firewall has dropped since its table was made, by counter.
+pub(super) fn dropped(admin: SocketAddr) -> io::Result<BTreeMap<String, u64>> {
+    let (_, body) = get(admin, "/metrics")?;
+    let read = |line: &str| {
+        let (name, count) = line.strip_prefix("tombolo_dropped_packets{reason=\"")?.split_once("\"} ")?;
+        Some((plain(name), count.parse().ok()?))
+    };
+    Ok(body.lines().filter_map(read).collect())
 }
 
 fn get(admin: SocketAddr, path: &str) -> io::Result<(u16, String)> {

@@ -114,6 +114,8 @@ struct Agent {
     answers: bool,
     ready: bool,
     problems: Vec<String>,
+    /// Packets that this node's firewall has dropped, by counter.
+    dropped: BTreeMap<String, u64>,
 }
 
 pub(super) fn status(printer: &Printer, args: &cli::Status) -> Result<()> {
@@ -152,9 +154,13 @@ fn agent(args: &cli::Status, findings: &mut BTreeSet<Finding>) -> Agent {
     match answer {
         Ok((told, (ready, problems))) => {
             findings.extend(told);
-            Agent { address, answers: true, ready, problems }
+            let dropped = admin::dropped(args.agent.admin).unwrap_or_default();
+            Agent { address, answers: true, ready, problems, dropped }
         }
-        Err(error) => Agent { address, answers: false, ready: false, problems: vec![error.to_string()] },
+        Err(error) => {
+            let (problems, dropped) = (vec![error.to_string()], BTreeMap::new());
+            Agent { address, answers: false, ready: false, problems, dropped }
+        }
     }
 }
 
@@ -320,6 +326,11 @@ fn text(printer: &Printer, status: &Status) -> String {
     section(&mut text, printer, "Imports", &imports_table(&status.imports));
     let agent = &status.agent;
     text.push('\n');
+    if agent.dropped.values().any(|packets| *packets > 0) {
+        let counts: Vec<String> =
+            agent.dropped.iter().map(|(name, n)| format!("{} {n}", plain(name))).collect();
+        text += &format!("Packets dropped on this node: {}\n", counts.join(", "));
+    }
     match (agent.answers, agent.ready) {
         (true, true) => text += &format!("{} the agent of this node is ready\n", printer.mark(Verdict::Ok)),
         (true, false) => {

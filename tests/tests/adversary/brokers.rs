@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use tombolo_lab::{Lab, wait_until};
 use tombolo_proto::model::ClusterId;
 use tombolo_proto::wire::{Message, Update};
@@ -245,6 +245,147 @@ fn an_evil_broker_that_replays() {
 #[test]
 fn an_evil_broker_that_withholds() {
     lying("brokers::an_evil_broker_that_withholds", Mode::Withhold, &[], false);
+}
+
+/// What a broker holds back is missed: the clusters' nodes tell each other over the tunnels how far they have come.
+/// In full runs alone, since it is told after more than half a minute.
+#[test]
+fn what_a_broker_withholds_is_missed() {
+    honest::story("brokers::what_a_broker_withholds_is_missed", || {
+        if !tombolo_lab::strict() {
+            return Ok(());
+        }
+        let lab = honest::up()?;
+        let liar = Liar::new();
+        let hook = liar.clone();
+        let _evil = Evil::replace(&lab, "broker", Arc::new(move |_, message| hook.tell(message)))?;
+        recovered(&lab)?;
+        liar.set(Mode::Withhold);
+        lab.export("us-east", "production", "web")?;
+        honest::told_within(&lab, "eu-west", "NewsWithheld", "cluster us-east", SOON * 2)?;
+        ensure!(lab.ask("eu-c", "web.production.svc.clusterset.local", 1)?.0 == 3, "it was not withheld");
+        honest::talk(&lab)?;
+        liar.set(Mode::Honest);
+        lab.unexport("us-east", "production", "web")?;
+        recovered(&lab)?;
+        wait_until("the alarm to end", SOON, || {
+            let findings = honest::findings(&lab, "eu-west")?;
+            ensure!(!findings.iter().any(|f| f.starts_with("NewsWithheld")), "{findings:#?}");
+            Ok(())
+        })
+        .map(drop)
+    });
+}
+
+/// One honest broker is enough: what the evil one holds back, rolls back or bends comes from the other.
+#[test]
+fn an_evil_broker_beside_an_honest_one() {
+    honest::story("brokers::an_evil_broker_beside_an_honest_one", || {
+        let lab = honest::up_by(&["broker", "honest"])?;
+        let liar = Liar::new();
+        let hook = liar.clone();
+        let _evil = Evil::replace(&lab, "broker", Arc::new(move |_, message| hook.tell(message)))?;
+        for cluster in ["eu-west", "us-east"] {
+            wait_until("a session with both brokers", SOON, || {
+                let sessions = metric(&lab, cluster, "tombolo_broker_sessions{")?;
+                ensure!(sessions >= 2.0, "{cluster} has {sessions}");
+                Ok(())
+            })?;
+        }
+        recovered(&lab)?;
+        let flow = lab.udp_flow("us-c", lab.topology().pod("eu-c")?.v4.into(), 200)?;
+        for mode in [Mode::Withhold, Mode::Replay, Mode::FlipStatements, Mode::FlipRecords, Mode::Mix] {
+            let before = liar.lies.load(Ordering::Relaxed);
+            liar.set(mode);
+            recovered(&lab).with_context(|| format!("{mode:?}"))?;
+            // Sessions that lies end come again, slower each time: not every lie gets its chance at once.
+            println!("{mode:?}: {} lies", liar.lies.load(Ordering::Relaxed) - before);
+        }
+        ensure!(liar.lies.load(Ordering::Relaxed) > 0, "it told no lie");
+        intact(&lab, "nobody", &["web.production", "api-service.production", "db.production"])?;
+        honest::talk(&lab)?;
+        let report = flow.stop_udp()?;
+        ensure!(report.sent > 50 && report.lost == 0, "traffic suffered: {report:?}");
+        Ok(())
+    });
+}
+
+/// The broker comes back with an old disk, where `web` is still exported, while its cluster is away and the receivers
+/// start anew: they remember how far that cluster had come.
+#[test]
+fn an_old_disk_rolls_nobody_back_over_a_restart() {
+    honest::story("brokers::an_old_disk_rolls_nobody_back_over_a_restart", || {
+        let lab = honest::up()?;
+        let web = || lab.ask("eu-c", "web.production.svc.clusterset.local", 1);
+        lab.export("us-east", "production", "web")?;
+        wait_until("web", SOON, || {
+            ensure!(web()?.0 == 0, "not yet");
+            Ok(())
+        })?;
+        // The disk as it is now.
+        let data = lab.state_dir("broker").join("data");
+        let copy = lab.state_dir("broker").join("copy");
+        lab.kill("broker", "broker")?;
+        std::fs::create_dir(&copy)?;
+        for entry in std::fs::read_dir(&data)? {
+            let entry = entry?;
+            std::fs::copy(entry.path(), copy.join(entry.file_name()))?;
+        }
+        lab.restart("broker", "broker")?;
+        let position = |of: &str| -> Result<Option<tombolo_proto::model::Position>> {
+            let observed = tombolo_agent::api::directory::Directory::open(lab.cluster_dir("eu-west"))?.read();
+            let members = observed.members.get().context("members")?;
+            let statement = members.get(&ClusterId::new(of)?).and_then(|m| m.statement.clone());
+            let read = statement.map(|s| tombolo_proto::wire::decode_statement(&s.payload)).transpose()?;
+            Ok(read.map(|statement| statement.position))
+        };
+        let said = || -> Result<Option<tombolo_proto::model::Position>> {
+            let observed = tombolo_agent::api::directory::Directory::open(lab.cluster_dir("us-east"))?.read();
+            let members = observed.members.get().context("members")?;
+            let statement = members.get(&ClusterId::new("us-east")?).and_then(|m| m.statement.clone());
+            let read = statement.map(|s| tombolo_proto::wire::decode_statement(&s.payload)).transpose()?;
+            Ok(read.map(|statement| statement.position))
+        };
+        let old = position("us-east")?.context("us-east is known")?;
+        lab.unexport("us-east", "production", "web")?;
+        wait_until("web to go", SOON, || {
+            ensure!(web()?.0 == 3, "web answers {:?}", web()?);
+            Ok(())
+        })?;
+        // What it remembers is written seldom.
+        wait_until("the newer position to be kept", SOON, || {
+            let (kept, said) = (position("us-east")?, said()?);
+            ensure!(kept > Some(old) && kept >= said, "{kept:?}, {old:?} before, {said:?} said");
+            Ok(())
+        })?;
+        for node in &lab.topology().cluster("us-east")?.nodes {
+            lab.kill_tree(&node.name, "agent")?;
+        }
+        lab.kill("broker", "broker")?;
+        std::fs::remove_dir_all(&data)?;
+        std::fs::rename(&copy, &data)?;
+        for node in &lab.topology().cluster("eu-west")?.nodes {
+            lab.kill_tree(&node.name, "agent")?;
+        }
+        lab.restart("broker", "broker")?;
+        for node in &lab.topology().cluster("eu-west")?.nodes {
+            lab.restart(&node.name, "agent")?;
+        }
+        wait_until("the old statement to be refused", SOON, || {
+            ensure!(web()?.0 != 0, "web is back: {:?}", web()?);
+            logged(&lab, "eu-west", &["the statement of us-east is refused"])?;
+            ensure!(metric(&lab, "eu-west", "tombolo_refusals_total")? > 0.0, "no refusal is counted");
+            Ok(())
+        })?;
+        ensure!(web()?.0 == 3, "web answers {:?}", web()?);
+        for node in &lab.topology().cluster("us-east")?.nodes {
+            lab.restart(&node.name, "agent")?;
+        }
+        lab.wait_ready()?;
+        recovered(&lab)?;
+        intact(&lab, "nobody", &["web.production", "api-service.production"])?;
+        wait_until("the honest service", SOON, || honest::talk(&lab)).map(drop)
+    });
 }
 
 /// The same forgeries as through an honest broker, by one that lets everything pass.

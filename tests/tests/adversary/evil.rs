@@ -28,7 +28,7 @@ impl Evil {
             admin: Some(program::BROKER_ADMIN.parse()?),
             identity: config::read_identity(&state.join(program::BROKER_KEY))?,
             set: config::read_set(&state.join(program::BROKER_SET))?,
-            quota: Quota { records: 1 << 20, bytes: 1 << 30, ..Quota::default() },
+            quota: Quota { nodes: 1 << 20, records: 1 << 20, bytes: 1 << 30, ..Quota::default() },
         };
         let runtime = runtime(lab, place)?;
         let start = Broker::start(config, Box::new(Nothing), Hooks { outbound: Some(outbound) });
@@ -36,6 +36,11 @@ impl Evil {
         let broker = std::thread::scope(|scope| scope.spawn(|| runtime.handle().block_on(task)).join());
         let broker = broker.ok().context("the broker panicked")???;
         Ok(Self { runtime: Some(runtime), _broker: broker })
+    }
+
+    /// One that lets everything pass: it takes from members whatever there may be of it, and passes it on as it is.
+    pub fn accomplice(lab: &Lab) -> Result<Self> {
+        Self::replace(lab, "broker", Arc::new(|_, message| vec![message]))
     }
 }
 

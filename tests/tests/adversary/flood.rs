@@ -5,6 +5,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use tombolo_lab::{Lab, measure};
+use tombolo_proto::{
+    model::{Record, Scope},
+    pb,
+};
 
 use crate::honest::{self, intact};
 use crate::mallory::{self, Mallory, PODS, at, backends, export, service};
@@ -99,5 +103,81 @@ fn oversized_records_end_their_own_session() {
             ensure!(metrics.contains("result=\"broken\""), "the broker counts no broken session");
             Ok(())
         },
+    );
+}
+
+#[test]
+fn thousands_of_exports() {
+    flooded(
+        "flood::thousands_of_exports",
+        2,
+        |mallory, number| {
+            let mut said = Vec::new();
+            for n in 0..1000 {
+                let name = format!("flood-{}", number.min(5) * 1000 + n);
+                said.push(export("production", &name, &service(false))?);
+                said.push(backends("production", &name, 0, &at(&[("a", "10.66.1.1".parse()?)]))?);
+            }
+            mallory.say(said)
+        },
+        |_, _| Ok(()),
+    );
+}
+
+#[test]
+fn thousands_of_namespaces_and_megabytes_of_unknown_records() {
+    flooded(
+        "flood::thousands_of_namespaces_and_megabytes_of_unknown_records",
+        4,
+        |mallory, number| {
+            let mut said: Vec<(Scope, Record)> = Vec::new();
+            for n in 0..500 {
+                said.push(export(&format!("team-{}", number.min(10) * 500 + n), "flood", &service(false))?);
+            }
+            for n in 0..10 {
+                let body = vec![number.to_be_bytes()[7]; 60 * 1024];
+                said.push((
+                    mallory::scope("production")?,
+                    mallory::record(77, &[&format!("flood-{}", (number * 10 + n) % 300)], body)?,
+                ));
+            }
+            mallory.say(said)
+        },
+        |_, _| Ok(()),
+    );
+}
+
+/// Every node a gateway, every node with all keys and prefixes it may state, and backends of everything.
+#[test]
+fn thousands_of_nodes_and_backends() {
+    flooded(
+        "flood::thousands_of_nodes_and_backends",
+        2,
+        |mallory, number| {
+            let mut said = Vec::new();
+            for n in 0..500_u64 {
+                let id = number.min(4) * 500 + n;
+                let [.., high, low] = id.to_be_bytes();
+                let prefixes = (0..64_u8)
+                    .map(|p| pb::Prefix { address: vec![10, 66, low, p * 4].into(), length: 30 })
+                    .collect();
+                let body = pb::Endpoint {
+                    prefixes,
+                    tunnel_v4: vec![198, 18, 2, low].into(),
+                    ..mallory::gateway(u32::from(high) % 4, low)
+                };
+                said.push(mallory::endpoint(&format!("node-{id}"), &body)?);
+            }
+            said.push(export("production", "flood", &service(true))?);
+            for shard in 0..20_u8 {
+                let list: Vec<(String, std::net::IpAddr)> =
+                    (0..200_u8).map(|n| (format!("h{n}"), [10, 66, shard, n].into())).collect();
+                let list: Vec<(&str, std::net::IpAddr)> =
+                    list.iter().map(|(h, a)| (h.as_str(), *a)).collect();
+                said.push(backends("production", "flood", shard.into(), &at(&list))?);
+            }
+            mallory.say(said)
+        },
+        |_, _| Ok(()),
     );
 }

@@ -67,7 +67,13 @@ pub fn alone(name: &str, body: impl FnOnce() -> Result<()>) {
 
 /// Everything up, `api-service` and `db` exported by eu-west and used by us-east.
 pub fn up() -> Result<Lab> {
-    let lab = Lab::build(Topology::parse(TOPOLOGY)?)?;
+    up_by(&["broker"])
+}
+
+/// The same with these brokers.
+pub fn up_by(brokers: &[&str]) -> Result<Lab> {
+    let brokers = format!("name: adversary\nbrokers: [{}]\n", brokers.join(", "));
+    let lab = Lab::build(Topology::parse(&TOPOLOGY.replacen("name: adversary\n", &brokers, 1))?)?;
     for cluster in &lab.topology().clusters {
         let manifests = lab.cluster_dir(&cluster.id).join("manifests");
         for namespace in CLOSED.iter().chain(&["team-blue"]) {
@@ -407,11 +413,18 @@ pub fn findings(lab: &Lab, cluster: &str) -> Result<Vec<String>> {
     Ok(all)
 }
 
-/// Waits until a cluster tells of this: a finding, and a line of an agent's log.
+/// Waits until a cluster tells of this: a finding, a line of an agent's log, and a metric.
 pub fn told(lab: &Lab, cluster: &str, reason: &str, words: &str) -> Result<()> {
-    wait_until(&format!("{cluster} to find {reason} ({words})"), SOON, || {
+    told_within(lab, cluster, reason, words, SOON)
+}
+
+/// The same within a time.
+pub fn told_within(lab: &Lab, cluster: &str, reason: &str, words: &str, within: Duration) -> Result<()> {
+    wait_until(&format!("{cluster} to find {reason} ({words})"), within, || {
         let findings = findings(lab, cluster)?;
         ensure!(findings.iter().any(|f| f.starts_with(reason) && f.contains(words)), "{findings:#?}");
+        let counted = metric(lab, cluster, &format!("tombolo_findings{{reason=\"{reason}\","))?;
+        ensure!(counted > 0.0, "no metric counts {reason}");
         logged(lab, cluster, &[reason, words])
     })
     .map(drop)

@@ -1,4 +1,4 @@
-//! A hostile member, through an honest broker.
+//! A hostile member, through an honest broker and through one that lets everything pass.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -8,6 +8,7 @@ use tombolo_agent::api::directory::Directory;
 use tombolo_lab::{Lab, wait_until};
 use tombolo_proto::pb;
 
+use crate::evil::Evil;
 use crate::forged::{self, mark};
 use crate::honest::{self, CLOSED, SOON, intact, told};
 use crate::mallory::{self, Mallory, PODS, at, backends, endpoint, export, gateway, service};
@@ -34,8 +35,18 @@ fn arrived(lab: &Lab, mark: &str) -> Result<()> {
 
 #[test]
 fn cve_2026_66785_foreign_cidr() {
-    honest::story("hostile::cve_2026_66785_foreign_cidr", || {
+    foreign_cidr("hostile::cve_2026_66785_foreign_cidr", false);
+}
+
+#[test]
+fn cve_2026_66785_foreign_cidr_through_an_accomplice() {
+    foreign_cidr("hostile::cve_2026_66785_foreign_cidr_through_an_accomplice", true);
+}
+
+fn foreign_cidr(name: &str, accomplice: bool) {
+    honest::story(name, || {
         let lab = honest::up()?;
+        let _evil = accomplice.then(|| Evil::accomplice(&lab)).transpose()?;
         let mut mallory = admitted(&lab)?;
         let pod = |name: &str| lab.topology().pod(name);
         // Of others: pods, tunnels, nodes, brokers, services, ClusterSetIPs, the internet; and the liar's own, so that
@@ -169,8 +180,18 @@ fn dotted(text: &str) -> String {
 
 #[test]
 fn cve_2026_66786_foreign_namespace() {
-    honest::story("hostile::cve_2026_66786_foreign_namespace", || {
+    foreign_namespace("hostile::cve_2026_66786_foreign_namespace", false);
+}
+
+#[test]
+fn cve_2026_66786_foreign_namespace_through_an_accomplice() {
+    foreign_namespace("hostile::cve_2026_66786_foreign_namespace_through_an_accomplice", true);
+}
+
+fn foreign_namespace(name: &str, accomplice: bool) {
+    honest::story(name, || {
         let lab = honest::up()?;
+        let _evil = accomplice.then(|| Evil::accomplice(&lab)).transpose()?;
         let before = Directory::open(lab.cluster_dir("us-east"))?.read();
         let mut mallory = admitted(&lab)?;
         let own = at(&[("a", "10.66.9.9".parse()?)]);
@@ -225,8 +246,18 @@ fn cve_2026_66786_foreign_namespace() {
 
 #[test]
 fn cve_2026_66787_endpoint_takeover() {
-    honest::story("hostile::cve_2026_66787_endpoint_takeover", || {
+    endpoint_takeover("hostile::cve_2026_66787_endpoint_takeover", false);
+}
+
+#[test]
+fn cve_2026_66787_endpoint_takeover_through_an_accomplice() {
+    endpoint_takeover("hostile::cve_2026_66787_endpoint_takeover_through_an_accomplice", true);
+}
+
+fn endpoint_takeover(name: &str, accomplice: bool) {
+    honest::story(name, || {
         let lab = honest::up()?;
+        let _evil = accomplice.then(|| Evil::accomplice(&lab)).transpose()?;
         let mut mallory = admitted(&lab)?;
         mallory.say([endpoint("mal-gw1", &gateway(1, 0x51))?])?;
         wait_until("the liar to learn who is who", SOON, || {
@@ -359,8 +390,18 @@ fn cve_2026_66788_rewriting_anothers_records() {
 
 #[test]
 fn no_text_from_the_wire_is_obeyed() {
-    honest::story("hostile::no_text_from_the_wire_is_obeyed", || {
+    texts("hostile::no_text_from_the_wire_is_obeyed", false);
+}
+
+#[test]
+fn no_text_from_the_wire_is_obeyed_through_an_accomplice() {
+    texts("hostile::no_text_from_the_wire_is_obeyed_through_an_accomplice", true);
+}
+
+fn texts(name: &str, accomplice: bool) {
+    honest::story(name, || {
         let lab = honest::up()?;
+        let _evil = accomplice.then(|| Evil::accomplice(&lab)).transpose()?;
         let mut mallory = admitted(&lab)?;
         let texts = [
             "\n",

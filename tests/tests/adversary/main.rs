@@ -13,3 +13,5 @@ mod forged;
 mod honest;
 mod hostile;
 mod mallory;
+mod raw;
+mod silent;

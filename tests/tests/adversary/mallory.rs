@@ -85,8 +85,10 @@ impl Mallory {
         let key = SigningKey::generate()?;
         let membership = invitation.accept(&key)?;
         let id = membership.cluster().clone();
-        let (roots, quota) =
-            (invitation.roots.clone(), Quota { bytes: 1 << 30, records: 1 << 20, ..Quota::default() });
+        let (roots, quota) = (
+            invitation.roots.clone(),
+            Quota { bytes: 1 << 30, records: 1 << 20, nodes: 1 << 20, ..Quota::default() },
+        );
         let mut replica = Replica::new(roots.clone(), Interest::All).with_own(id.clone()).with_quota(quota);
         let documents = Documents { memberships: vec![parts(&membership)], ..Documents::default() };
         ensure!(replica.offer_documents(&documents).is_empty(), "its own membership is refused");
