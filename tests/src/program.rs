@@ -48,8 +48,8 @@ const PROGRAMS: [&str; 4] = ["tombolo", "tombolo-agent", "tombolo-broker", "tomb
 /// # Errors
 /// If one is missing or does not build.
 pub fn ensure_built() -> Result<()> {
-    if let Some(cargo) = std::env::var_os("CARGO") {
-        let mut command = std::process::Command::new(cargo);
+    if std::env::var_os("CARGO").is_some() {
+        let mut command = cargo();
         command.args(["build", "--bins"]);
         for program in PROGRAMS {
             command.args(["--package", program]);
@@ -60,6 +60,21 @@ pub fn ensure_built() -> Result<()> {
         ensure!(command.status()?.success(), "the programs do not build: see above");
     }
     PROGRAMS.iter().try_for_each(|p| find(p).map(drop))
+}
+
+/// Cargo, without what an outer `cargo run` told about its package: ring's build script would build it anew for that.
+pub(crate) fn cargo() -> std::process::Command {
+    let mut command = std::process::Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_")
+            || text.starts_with("CARGO_MANIFEST_")
+            || text == "CARGO_PRIMARY_PACKAGE"
+        {
+            command.env_remove(&name);
+        }
+    }
+    command
 }
 
 fn line(program: &str, args: &[&str]) -> Result<Vec<String>> {

@@ -191,7 +191,7 @@ fn row(event: &str, budget: &Budget, figures: &[Figure], failures: &[String]) ->
 /// Builds files of tests as this program was built; where each lies.
 fn build(files: &BTreeSet<&str>) -> Result<BTreeMap<String, PathBuf>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the project's directory")?;
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut command = program::cargo();
     command.current_dir(root).args(["test", "--package", "tombolo-lab", "--no-run"]);
     command.arg("--message-format=json-render-diagnostics");
     for file in files {
