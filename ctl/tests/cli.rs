@@ -537,7 +537,8 @@ fn nodes_are_asked_for_other_wireguard_keys_by_a_number_that_grows() {
     bench.refuses_with("rotate wireguard --cluster-dir c", "", 2, &["<NODE>"]);
     bench.refuses_with("rotate wireguard gw1 --all --cluster-dir c", "", 2, &["cannot be used with"]);
     let wish = || {
-        let set = fs::read_to_string(bench.path("c/state/clustersets.tombolo.dev/_/clusterset.json")).unwrap();
+        let set =
+            fs::read_to_string(bench.path("c/state/clustersets.tombolo.dev/_/clusterset.json")).unwrap();
         serde_json::from_str::<Value>(&set).unwrap()["spec"]["rotations"]["gw1"].as_u64().unwrap()
     };
     let out = bench.run("rotate wireguard gw1 --cluster-dir c --wait 0").ok();

@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tombolo_agent::api::directory::Directory;
 use tombolo_lab::place::log_dir;
 use tombolo_lab::topology::{DEMO, Topology};
@@ -103,14 +105,85 @@ fn a_node_whose_clock_went_back_is_up_within_seconds() {
             // Nothing else minds: it leads or follows, speaks and hears.
             lab.wait_ready()?;
             lab.export("eu-west", "production", "api-service")?;
-            wait_until("the name", SOON, || {
-                let (code, addresses) = lab.ask(&us[0], "api-service.production.svc.clusterset.local", 1)?;
-                ensure!(code == 0 && !addresses.is_empty(), "{code}: {addresses:?}");
-                Ok(())
-            })?;
+            wait_until("the name", SOON, || named(&lab, &us[0]))?;
         }
         Ok(())
     });
+}
+
+#[test]
+fn a_clock_set_back_under_way_disturbs_nothing() {
+    scenario_alone("a_clock_set_back_under_way_disturbs_nothing", LIMIT, || {
+        let lab = up()?;
+        let gateway = lab.topology().cluster("eu-west")?.nodes.iter().find(|n| n.gateway);
+        let gateway = gateway.context("no gateway")?.clone();
+        let (node, file) = (gateway.name.as_str(), lab.state_dir(&gateway.name).join("clock"));
+        // As libfaketime reads it, once a second.
+        std::fs::write(&file, "+0")?;
+        let mut variables = program::shifted(0)?;
+        variables.retain(|v| !v.starts_with("FAKETIME="));
+        variables.push(format!("FAKETIME_TIMESTAMP_FILE={}/clock", program::STATE_DIR));
+        variables.push("FAKETIME_CACHE_DURATION=1".to_owned());
+        let variables: Vec<&str> = variables.iter().map(String::as_str).collect();
+        lab.kill_tree(node, "agent")?;
+        lab.kill_tree(node, "wireguard")?;
+        lab.start(node, "wireguard", &program::with(&variables, program::wireguard()?)?)?;
+        lab.start(node, "agent", &program::with(&variables, program::agent(&gateway)?)?)?;
+        wait_until("tunnels", SOON, || lab.everybody_reaches_everybody())?;
+        let (client, pod) = ("client", lab.topology().pod("api-0")?.clone());
+        event(&lab, &[], || {
+            let flow = lab.udp_flow(client, pod.v4.into(), 1000)?;
+            std::thread::sleep(Duration::from_secs(2));
+            std::fs::write(&file, format!("-{HOUR}"))?;
+            std::thread::sleep(Duration::from_secs(6));
+            let report = flow.stop_udp()?;
+            eprintln!("clock back one hour under way: {} packets sent, {} lost", report.sent, report.lost);
+            // The cluster is still led, and told.
+            lab.export("eu-west", "production", "api-service")?;
+            wait_until("the name", SOON, || named(&lab, client))?;
+            Ok(vec![("clock-back-under-way-lost", report.lost as f64, "packets")])
+        })?;
+        // A device that starts anew now has a clock that is behind its key.
+        let before = keys(&lab, "eu-west", node)?;
+        event(&lab, &[node], || {
+            let flow = lab.udp_flow(client, pod.v4.into(), 1000)?;
+            std::thread::sleep(Duration::from_secs(1));
+            kill_workers(&lab, node)?;
+            wait_until("another key", SOON, || {
+                let after = keys(&lab, "eu-west", node)?;
+                ensure!(before.iter().zip(&after).any(|(b, a)| b != a), "no key is another");
+                Ok(())
+            })?;
+            std::thread::sleep(Duration::from_secs(2));
+            let report = flow.stop_udp()?;
+            eprintln!("workers killed, an hour back: gap {:.0} ms", report.largest_gap_ms);
+            Ok(vec![("clock-back-worker-killed", report.largest_gap_ms, "ms")])
+        })?;
+        lab.everybody_reaches_everybody()
+    });
+}
+
+fn named(lab: &Lab, from: &str) -> Result<()> {
+    let (code, addresses) = lab.ask(from, "api-service.production.svc.clusterset.local", 1)?;
+    ensure!(code == 0 && !addresses.is_empty(), "{code}: {addresses:?}");
+    Ok(())
+}
+
+/// SIGKILL to the workers of all devices of a node.
+fn kill_workers(lab: &Lab, node: &str) -> Result<()> {
+    let net = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net"));
+    let home = net(&lab.pid(node, "wireguard")?.to_string())?;
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else { continue };
+        if line.split(|b| *b == 0).nth(1) == Some(b"worker")
+            && net(&name).is_ok_and(|n| n == home)
+            && let Ok(pid) = name.parse()
+        {
+            kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+        }
+    }
+    Ok(())
 }
 
 /// What outlives its parents: devices.
@@ -182,6 +255,11 @@ fn a_device_without_an_agent_says_so_once_and_waits() {
             Ok(())
         })?;
         lab.kill_tree(&a, "wgq")?;
+        wait_until("the interface's end", SOON, || {
+            let links = lab.place(&a)?.capture(&["ip", "-o", "link", "show"])?;
+            ensure!(!links.contains("wgq0"), "{links}");
+            Ok(())
+        })?;
         ensure!(!log(&a, "wgq").contains("the clock is"), "{}", lab.tail(&a, "wgq"));
         let begun = Instant::now();
         lab.start(&a, "wgq", &device(&program::shifted(-HOUR)?)?)?;

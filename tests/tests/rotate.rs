@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tombolo_agent::api::directory::Directory;
 use tombolo_lab::topology::{TWO, Topology};
-use tombolo_lab::{Flow, Lab, event, runs, scenario_alone, wait_until};
+use tombolo_lab::{Flow, Lab, event, runs, scenario_alone, strict, wait_until};
 
 const LIMIT: Duration = Duration::from_secs(600);
 const SOON: Duration = Duration::from_secs(30);
@@ -169,6 +169,42 @@ fn a_worker_killed_in_the_midst_goes_on() {
                 lab.everybody_reaches_everybody()?;
                 Ok(vec![("wireguard-rotation-killed", gap, "ms")])
             })?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_rotation_that_others_hear_of_late_cuts_nobody_off() {
+    scenario_alone("a_rotation_that_others_hear_of_late_cuts_nobody_off", LIMIT * 2, || {
+        let lab = up()?;
+        let us = keys(&lab, "us-east")?;
+        let previous = |expected: bool| -> Result<()> {
+            let there = lab.state_dir("us-gw1").join("keys/tombolo1.previous").exists();
+            ensure!(there == expected, "us-gw1's previous key is there: {there}");
+            Ok(())
+        };
+        event(&lab, &[], || {
+            let flows = flows(&lab)?;
+            std::thread::sleep(Duration::from_secs(2));
+            lab.kill("broker", "broker")?;
+            eprint!("{}", lab.tombolo("us-gw1", &["rotate", "wireguard", "us-gw1"])?);
+            // Those of the other cluster know the old key alone: longer than a session lives.
+            std::thread::sleep(Duration::from_secs(if strict() { 240 } else { 8 }));
+            previous(true)?;
+            // One that starts meanwhile still knows whose the old key is.
+            lab.kill_child("eu-gw1", "agent")?;
+            std::thread::sleep(Duration::from_secs(2));
+            lab.restart("broker", "broker")?;
+            lab.wait_ready()?;
+            wait_until("the new keys in use", SOON, || in_use(&lab, "us-east", &["us-gw1"], &us))?;
+            std::thread::sleep(Duration::from_secs(2));
+            let (lost, _) = stop(flows, "rotation while the broker is away")?;
+            Ok(vec![("wireguard-rotation-late-lost", lost as f64, "packets")])
+        })?;
+        if strict() {
+            wait_until("the previous key's end", Duration::from_secs(300), || previous(false))?;
+            lab.everybody_reaches_everybody()?;
         }
         Ok(())
     });

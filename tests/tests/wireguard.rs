@@ -218,6 +218,7 @@ fn wg_quick_brings_it_up_and_down() {
             .command("a", "wg-quick")
             .args([verb, file.to_str().unwrap()])
             .env("WG_QUICK_USERSPACE_IMPLEMENTATION", binary())
+            .env("TOMBOLO_WIREGUARD_STATE_DIR", net.dir.path().join("stamps"))
             .output()
             .unwrap();
         assert!(output.status.success(), "wg-quick {verb}: {}", text(&output.stderr));
@@ -454,6 +455,7 @@ impl Net {
             .command(place, program.to_str().unwrap())
             .args(["-f", &name])
             .env("TOMBOLO_LOG", "debug")
+            .env("TOMBOLO_WIREGUARD_STATE_DIR", self.dir.path().join("stamps"))
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()

@@ -187,9 +187,9 @@ impl DeviceChange<'_> {
     }
 }
 
-/// Whose keys a device's peers are, and, of those that do not answer, what was tried. Bounded by the peers there are.
+/// Peers that do not answer, and what was tried. Bounded by the peers there are.
 #[derive(Default)]
-pub(super) struct Attempts(BTreeMap<WireguardKey, Attempt>, BTreeMap<WireguardKey, NodeKey>);
+pub(super) struct Attempts(BTreeMap<WireguardKey, Attempt>);
 
 struct Attempt {
     since: Instant,
@@ -220,12 +220,16 @@ impl Attempts {
     }
 }
 
+/// Which nodes' keys are, or were, peers.
+pub(super) type Owners = BTreeMap<WireguardKey, NodeKey>;
+
 /// The change that makes `actual` as `desired`.
 pub(super) fn diff<'a>(
     number: DeviceNumber,
     desired: &TunnelDevice,
     keys: &'a Pair,
     actual: &DeviceState,
+    owners: &Owners,
     attempts: &mut Attempts,
     (now, wall): (Instant, SystemTime),
 ) -> DeviceChange<'a> {
@@ -251,7 +255,7 @@ pub(super) fn diff<'a>(
         let Some(there) = actual.peers.get(&key) else {
             attempts.0.insert(key, Attempt { since: now, times: 0 });
             let former = |(key, _): &(&WireguardKey, &PeerState)| {
-                !desired.peers.contains_key(*key) && attempts.1.get(*key) == Some(&peer.node)
+                !desired.peers.contains_key(*key) && owners.get(*key) == Some(&peer.node)
             };
             let former = actual.peers.iter().find(former);
             // It is where it was.
@@ -287,9 +291,6 @@ pub(super) fn diff<'a>(
     change.peers.extend(later);
     let gone = actual.peers.keys().filter(|key| !desired.peers.contains_key(*key));
     change.peers.extend(gone.map(|key| PeerChange { key: *key, what: PeerAction::Remove }));
-    // Until they are gone, whatever comes of this change.
-    attempts.1.retain(|key, _| actual.peers.contains_key(key));
-    attempts.1.extend(desired.peers.iter().map(|(key, peer)| (*key, peer.node.clone())));
     change
 }
 
@@ -364,6 +365,7 @@ mod tests {
     struct Case {
         keys: DeviceKeys,
         pair: Option<std::sync::Arc<Pair>>,
+        owners: Owners,
         attempts: Attempts,
         now: Instant,
         wall: SystemTime,
@@ -374,14 +376,21 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let keys = DeviceKeys::load(dir.path()).unwrap_or_else(|e| panic!("{e}"));
             let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
-            Self { keys, pair: None, attempts: Attempts::default(), now: Instant::now(), wall }
+            Self {
+                keys,
+                pair: None,
+                owners: Owners::new(),
+                attempts: Attempts::default(),
+                now: Instant::now(),
+                wall,
+            }
         }
 
         fn diff(&mut self, desired: &TunnelDevice, actual: &DeviceState) -> DeviceChange<'_> {
             let number = DeviceNumber::new(1).unwrap();
             self.pair = self.keys.get(number);
             let pair = self.pair.as_ref().unwrap();
-            diff(number, desired, pair, actual, &mut self.attempts, (self.now, self.wall))
+            diff(number, desired, pair, actual, &self.owners, &mut self.attempts, (self.now, self.wall))
         }
     }
 
@@ -456,6 +465,7 @@ mod tests {
             let peer = state.peers.get_mut(&WireguardKey([1; 32])).unwrap();
             (peer.endpoint, peer.last_handshake) = (roamed, Some(wall));
         }
+        case.owners = [(WireguardKey([1; 32]), before.peers[&WireguardKey([1; 32])].node.clone())].into();
         // Another node takes its place: it has nothing to do with the sessions of the first.
         let change = case.diff(&device(&[(2, named("gw2"))]), &state);
         let PeerAction::Add { replaces, endpoint, .. } = &change.peers[0].what else { panic!() };

@@ -172,6 +172,11 @@ impl DeviceKeys {
         if self.number(ROTATED)?.is_some_and(|done| done >= wish) {
             return Ok(Rotation::Done);
         }
+        if let Some(begun) = self.number(ROTATING)? {
+            // The disk was full, say.
+            self.finish(begun)?;
+            return Ok(Rotation::Made);
+        }
         if self.pairs().values().any(|pair| pair.previous.is_some()) {
             return Ok(Rotation::Waits);
         }

@@ -13,13 +13,13 @@ use tombolo_agent_core::desired::NodeDesired;
 use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::hello::WITHHELD;
 use tombolo_agent_core::known::{Known, Section};
-use tombolo_agent_core::object::TunnelNode;
+use tombolo_agent_core::object::{NodeKey, TunnelNode};
 use tombolo_agent_core::plan::{self, eligible};
 use tombolo_agent_core::steady::Steady;
 use tombolo_agent_core::world::{Health, MemberNodes, NodeWorld, Reach};
 use tombolo_agent_core::zone::Zone;
 use tombolo_proto::model::{
-    ClusterId, Device, DeviceNumber, Endpoint, Family, NodeName, Position, Prefix, Rank,
+    ClusterId, Device, DeviceNumber, Endpoint, Family, NodeName, Position, Prefix, Rank, WireguardKey,
 };
 use tracing::{debug, info, warn};
 
@@ -119,7 +119,9 @@ impl Node {
         });
         if let Some(cached) = &last {
             // What was good stays so, whatever became of it in the API meanwhile.
-            verifier.verify(cached);
+            if let Known::Yes(members) = verifier.verify(cached) {
+                self.appliers.remember(owners(&members));
+            }
         }
         let mut last = last.take().map(Arc::new);
         let mut saving = Saving::default();
@@ -534,6 +536,16 @@ fn heavy<T>(work: impl FnOnce() -> T) -> T {
         Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
         _ => work(),
     }
+}
+
+/// Whose the devices' keys are.
+fn owners(members: &Members) -> impl Iterator<Item = (WireguardKey, NodeKey)> {
+    let nodes =
+        members.nodes.iter().flat_map(|(cluster, member)| member.nodes.values().map(move |n| (cluster, n)));
+    nodes.flat_map(|(cluster, endpoint)| {
+        let node = NodeKey { cluster: cluster.clone(), node: endpoint.node.clone() };
+        endpoint.devices.values().map(move |device| (device.key, node.clone()))
+    })
 }
 
 /// What a node says of itself. Without `spec.podCIDRs` its pods are where its own routes lead, but a subnet that it

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tombolo_agent_core::desired::{Peer, TunnelDevice};
 use tombolo_agent_core::liveness::{Counters, Liveness, PeerHealth, PeerId};
+use tombolo_agent_core::object::NodeKey;
 use tombolo_proto::model::{ClusterId, DeviceNumber, Family, Position, Rank, WireguardKey};
 use tracing::{debug, info, warn};
 
@@ -214,11 +215,18 @@ impl Task {
     fn take(&mut self, roster: Arc<Roster>) {
         let now = self.start.elapsed();
         let peers: BTreeSet<PeerId> = roster.peers().map(|(id, ..)| id).collect();
-        let before: BTreeSet<PeerId> = self.liveness.all().map(|(id, _)| id).collect();
+        let before: BTreeMap<PeerId, PeerHealth> = self.liveness.all().collect();
+        // A node with a new key is as well as it was.
+        let nodes: BTreeMap<(DeviceNumber, &NodeKey), PeerHealth> = self
+            .roster
+            .iter()
+            .flat_map(|(old, _)| old.peers())
+            .filter_map(|(id, _, peer)| Some(((id.0, &peer.node), *before.get(&id)?)))
+            .collect();
         self.liveness.handle_peers(now, &peers);
-        for id in peers.difference(&before) {
-            if let Some(health) = self.memory.known.get(id) {
-                self.liveness.handle_memory(now, *id, *health);
+        for (id, _, peer) in roster.peers().filter(|(id, ..)| !before.contains_key(id)) {
+            if let Some(health) = self.memory.known.get(&id).or_else(|| nodes.get(&(id.0, &peer.node))) {
+                self.liveness.handle_memory(now, id, *health);
             }
         }
         self.echoes.senders.retain(|(number, _), _| roster.devices.contains_key(number));

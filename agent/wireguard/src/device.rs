@@ -89,6 +89,8 @@ struct Peer {
     keepalive: u16,
     lines: Lines,
     past: Past,
+    /// When the last handshake of this process was completed.
+    handshake: Option<Instant>,
     last_traffic: Instant,
     asleep: bool,
 }
@@ -151,7 +153,7 @@ impl Device {
     }
 
     /// Everything, in the form of a `get=1` answer without its end.
-    pub fn state(&self, wall: Duration) -> Zeroizing<String> {
+    pub fn state(&self, at: Moment) -> Zeroizing<String> {
         // One allocation: a string that grows would leave copies of the keys behind.
         let prefixes = self.allowed.iter().count();
         let mut out = Zeroizing::new(String::with_capacity(512 + self.by_key.len() * 640 + prefixes * 64));
@@ -164,7 +166,7 @@ impl Device {
         if let Some((identity, age)) = self.identities.previous() {
             uapi::write_previous(&mut out, identity.private(), age);
         }
-        if let Some(behind) = self.behind(wall) {
+        if let Some(behind) = self.behind(at.wall) {
             uapi::write_behind(&mut out, behind);
         }
         let mut allowed: BTreeMap<Slot, Vec<_>> = BTreeMap::new();
@@ -173,13 +175,16 @@ impl Device {
         }
         for (key, slot) in &self.by_key {
             let Some(peer) = self.peers[usize::from(*slot)].as_ref() else { continue };
+            // So long ago, by a clock that nobody sets, whatever the other one showed then.
+            let ago = peer.handshake.map(|when| at.now.saturating_duration_since(when));
+            let last_handshake = ago.map_or(peer.past.last_handshake, |ago| at.wall.saturating_sub(ago));
             uapi::write_peer(
                 &mut out,
                 key,
                 peer.preshared.as_ref(),
                 peer.endpoint,
                 peer.keepalive,
-                &peer.past,
+                &Past { last_handshake, ..peer.past },
             );
             for prefix in allowed.get(slot).into_iter().flatten() {
                 uapi::write_allowed_ip(&mut out, *prefix);
@@ -346,7 +351,7 @@ impl Device {
         if handshake {
             tracing::debug!(peer = %peer.key, "handshake completed");
             peer.lines.handle_handshake(place, at.now);
-            peer.past.last_handshake = at.wall;
+            (peer.past.last_handshake, peer.handshake) = (at.wall, Some(at.now));
             self.changed = true;
         }
         Some(())
@@ -466,6 +471,7 @@ impl Device {
             keepalive: 0,
             lines: Lines::default(),
             past: set.past,
+            handshake: None,
             last_traffic: at.now,
             asleep: false,
         });

@@ -16,6 +16,7 @@ use thiserror::Error;
 use tombolo_hold::{Held, HoldError, Keeper, Memory};
 use zeroize::Zeroizing;
 
+use crate::daemon;
 use crate::device::{Device, Moment, TICK, Wire};
 use crate::name::DeviceName;
 use crate::noise::BUFFER;
@@ -209,12 +210,13 @@ impl Worker {
     /// The one line for people. An agent reads the same out of the device's state, and gives it a new key.
     fn tell_behind(&self, at: Moment) {
         if let Some(behind) = self.device.behind(at.wall) {
-            tracing::warn!(
-                device = %self.name,
+            let text = format!(
                 "the clock is {} s behind this key's last handshake: peers ignore our calls until it has caught up. \
                  Waiting for theirs; set the clock, or give the device a new key (an agent does so by itself)",
                 behind.as_secs().max(1)
             );
+            tracing::warn!(device = %self.name, "{text}");
+            daemon::tell_system(&format!("{}: {text}", self.name));
         }
     }
 
@@ -323,7 +325,7 @@ impl Worker {
         while let Ok(ask) = self.asks.try_recv() {
             let Ask { request, answer } = ask;
             answer.give(match request {
-                Request::Get => Ok(self.device.state(at.wall)),
+                Request::Get => Ok(self.device.state(at)),
                 Request::Set(set) => self.set(set, at),
             });
         }
@@ -384,7 +386,7 @@ impl Worker {
 
     fn save(&mut self, at: Moment) {
         self.device.take_changed();
-        if let Err(error) = self.memory.write(self.device.state(at.wall).as_bytes()) {
+        if let Err(error) = self.memory.write(self.device.state(at).as_bytes()) {
             tracing::error!(%error, "the configuration would not outlive this process");
         }
     }

@@ -341,3 +341,20 @@ fn a_clock_behind_the_last_call_is_noticed_until_the_key_is_another_or_it_catche
     carry(&mut a, &mut b);
     assert_eq!(a.tray.packets.len(), 1);
 }
+
+#[test]
+fn a_handshake_is_as_long_ago_as_it_is_whatever_the_clock_says() {
+    let bench = Bench::new();
+    let (a, mut later) = (&bench.a, now());
+    let at = |moment| {
+        let state = a.device.state(moment).to_string();
+        let line = state.lines().find_map(|l| l.strip_prefix("last_handshake_time_sec=").map(str::to_owned));
+        line.unwrap().parse::<u64>().unwrap()
+    };
+    let first = at(later);
+    assert!(later.wall.as_secs().abs_diff(first) <= 2);
+    // Ten seconds pass, and somebody sets the clock back by an hour.
+    later.now += Duration::from_secs(10);
+    later.wall -= Duration::from_secs(3600 - 10);
+    assert!(at(later).abs_diff(first - 3600) <= 1);
+}

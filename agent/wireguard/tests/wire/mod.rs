@@ -57,7 +57,7 @@ impl End {
     }
 
     pub(crate) fn state(&self) -> String {
-        self.device.state(now().wall).to_string()
+        self.device.state(now()).to_string()
     }
 
     pub(crate) fn sessions(&self) -> usize {
