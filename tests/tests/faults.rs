@@ -143,7 +143,7 @@ fn a_delay_delays_and_a_jitter_reorders() {
 fn faults_that_cannot_be_are_refused_in_a_sentence() {
     scenario("faults_that_cannot_be_are_refused_in_a_sentence", LIMIT, || {
         let lab = Lab::build(Topology::parse(TWO)?)?;
-        let (a, b) = || -> (String, String) { (A.into(), B.into()) }();
+        let (a, b) = (A.to_owned(), B.to_owned());
         let refused = [
             (Fault::Loss { a: a.clone(), b: b.clone(), percent: 0 }, "1 to 100"),
             (Fault::EveryNth { a: a.clone(), b: b.clone(), n: 1 }, "2 or more"),
