@@ -1,10 +1,10 @@
 //! Nothing is lost when a program that only decides goes away or hangs: the broker, the agent.
 #![allow(clippy::print_stderr)]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use tombolo_lab::count::Netlink;
+use tombolo_lab::count::{Netlink, Writes};
 use tombolo_lab::probe::Report;
 use tombolo_lab::topology::{NAMESERVER, TWO, Topology};
 use tombolo_lab::{Flow, Lab, event, runs, scenario_alone, strict, wait_until};
@@ -66,6 +66,47 @@ fn kernel(lab: &Lab, node: &str) -> Result<String> {
         text += &place.capture(args)?;
     }
     Ok(text)
+}
+
+/// Where nothing changes, nothing is done: not to the kernel, and not to the clusters' APIs but to renew the Leases.
+#[test]
+fn a_quiet_set_changes_nothing() {
+    scenario_alone("a_quiet_set_changes_nothing", LIMIT, || {
+        let lab = up()?;
+        for _ in 0..runs(1) {
+            // What follows a start has settled when nothing happened for five seconds.
+            let netlink = Netlink::watch(&lab, &[])?;
+            let start = Instant::now();
+            wait_until("the set to settle", Duration::from_secs(60), || {
+                let last = netlink.changes().last().map_or(start, |(at, _)| *at);
+                ensure!(last.elapsed() > Duration::from_secs(5), "{:?}", netlink.changes().last());
+                Ok(())
+            })?;
+            event(&lab, &[], || {
+                let clusters = ["eu-west", "us-east"];
+                let writes = clusters.map(|c| Writes::watch(&lab, c));
+                let before = netlink.changes().len();
+                std::thread::sleep(Duration::from_secs(if strict() { 60 } else { 15 }));
+                let changes = netlink.changes().split_off(before);
+                let (mut leases, mut others) = (0, Vec::new());
+                for writes in writes {
+                    for (_, path) in writes?.writes() {
+                        if path.contains("lease") { leases += 1 } else { others.push(path) }
+                    }
+                }
+                if !changes.is_empty() || !others.is_empty() {
+                    eprintln!("{changes:#?}\n{others:#?}");
+                }
+                eprintln!("{leases} renewals of two Leases");
+                ensure!(leases > 0, "no Lease was renewed: are writes seen at all?");
+                Ok(vec![
+                    ("quiet-changes", changes.len() as f64, "changes"),
+                    ("quiet-writes", others.len() as f64, "writes"),
+                ])
+            })?;
+        }
+        Ok(())
+    });
 }
 
 #[test]
