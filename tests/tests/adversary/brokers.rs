@@ -358,19 +358,13 @@ fn an_old_disk_rolls_nobody_back_over_a_restart() {
             ensure!(kept > Some(old) && kept >= said, "{kept:?}, {old:?} before, {said:?} said");
             Ok(())
         })?;
-        for node in &lab.topology().cluster("us-east")?.nodes {
-            lab.kill_tree(&node.name, "agent")?;
-        }
+        honest::down(&lab, "us-east")?;
         lab.kill("broker", "broker")?;
         std::fs::remove_dir_all(&data)?;
         std::fs::rename(&copy, &data)?;
-        for node in &lab.topology().cluster("eu-west")?.nodes {
-            lab.kill_tree(&node.name, "agent")?;
-        }
+        honest::down(&lab, "eu-west")?;
         lab.restart("broker", "broker")?;
-        for node in &lab.topology().cluster("eu-west")?.nodes {
-            lab.restart(&node.name, "agent")?;
-        }
+        honest::again(&lab, "eu-west")?;
         wait_until("the old statement to be refused", SOON, || {
             ensure!(web()?.0 != 0, "web is back: {:?}", web()?);
             logged(&lab, "eu-west", &["the statement of us-east is refused"])?;
@@ -378,9 +372,7 @@ fn an_old_disk_rolls_nobody_back_over_a_restart() {
             Ok(())
         })?;
         ensure!(web()?.0 == 3, "web answers {:?}", web()?);
-        for node in &lab.topology().cluster("us-east")?.nodes {
-            lab.restart(&node.name, "agent")?;
-        }
+        honest::again(&lab, "us-east")?;
         lab.wait_ready()?;
         recovered(&lab)?;
         intact(&lab, "nobody", &["web.production", "api-service.production"])?;

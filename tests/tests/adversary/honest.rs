@@ -89,6 +89,25 @@ pub fn up_by(brokers: &[&str]) -> Result<Lab> {
     Ok(lab)
 }
 
+/// Kills the agents of a cluster, and waits until nothing of them is left.
+pub fn down(lab: &Lab, cluster: &str) -> Result<()> {
+    let nodes = &lab.topology().cluster(cluster)?.nodes;
+    nodes.iter().try_for_each(|node| lab.kill_tree(&node.name, "agent"))?;
+    for node in nodes {
+        let place = lab.place(&node.name)?;
+        wait_until("the agent's sockets to be free", SOON, || {
+            place.run(|| std::net::TcpListener::bind("0.0.0.0:10053").map(drop))??;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Starts them again.
+pub fn again(lab: &Lab, cluster: &str) -> Result<()> {
+    lab.topology().cluster(cluster)?.nodes.iter().try_for_each(|node| lab.restart(&node.name, "agent"))
+}
+
 /// A pod of us-east uses eu-west's service by name.
 pub fn reaches_api(lab: &Lab) -> Result<()> {
     let url = "http://api-service.production.svc.clusterset.local:8080/health";

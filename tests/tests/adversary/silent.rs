@@ -37,10 +37,8 @@ fn a_member_that_never_spoke_is_unreachable_and_not_in_clear() {
         }
         watch.seen().assert_protected()?;
         // Over restarts of the controller too.
-        lab.kill_tree("eu-gw1", "agent")?;
-        lab.kill_tree("eu-w1", "agent")?;
-        lab.restart("eu-w1", "agent")?;
-        lab.restart("eu-gw1", "agent")?;
+        honest::down(&lab, "eu-west")?;
+        honest::again(&lab, "eu-west")?;
         lab.wait_ready()?;
         ensure!(routes(&lab, "eu-w1")?.contains("unreachable 10.66.0.0/16 "), "{}", routes(&lab, "eu-w1")?);
         // The administrator's word ends it.
