@@ -51,7 +51,7 @@ pub struct Hello {
     pub number: u64,
     /// Clusters that the sender has no live tunnel to.
     pub cannot_reach: BTreeSet<ClusterId>,
-    /// Clusters to which none of the sender's tunnels has ever answered; its own, if one inward never has.
+    /// Clusters to which a tunnel of the sender's has never answered, its own among them.
     pub untried: BTreeSet<ClusterId>,
     /// How far the sender has heard of each cluster; some, if there are many.
     pub positions: BTreeMap<ClusterId, Position>,
@@ -212,30 +212,28 @@ pub fn cannot_reach(
     lives.into_iter().filter(|(_, lives)| !lives).map(|(cluster, _)| cluster.clone()).collect()
 }
 
-/// Clusters to whose gateways this node has tunnels of its own, none of which has ever answered; the own one, if a tunnel
-/// to a node of it never has.
+/// Clusters to one of whose gateways this node has a tunnel of its own that has never answered; the own one, if a tunnel
+/// to a node of it never has. Until a new gateway knows better it uses all of them.
 pub fn untried(
     own: &ClusterId,
     devices: &BTreeMap<DeviceNumber, TunnelDevice>,
     dead: &BTreeSet<PeerId>,
     alive: &BTreeSet<PeerId>,
 ) -> BTreeSet<ClusterId> {
-    let mut tried: BTreeMap<&ClusterId, bool> = BTreeMap::new();
-    let carries = |n: &DeviceNumber| n.family() == DeviceFamily::Out && n.rank().is_gateway();
-    for (number, device) in devices.iter().filter(|(n, _)| carries(n)) {
+    let mut untried = BTreeSet::new();
+    for (number, device) in devices {
+        let inward = number.family() == DeviceFamily::In;
+        if !inward && !number.rank().is_gateway() {
+            continue;
+        }
         for (key, peer) in &device.peers {
             let id = (*number, *key);
-            *tried.entry(&peer.node.cluster).or_default() |= dead.contains(&id) || alive.contains(&id);
+            if !dead.contains(&id) && !alive.contains(&id) {
+                untried.insert(if inward { own.clone() } else { peer.node.cluster.clone() });
+            }
         }
     }
-    let inward = devices.iter().filter(|(n, _)| n.family() == DeviceFamily::In);
-    for (number, device) in inward {
-        for key in device.peers.keys() {
-            let id = (*number, *key);
-            *tried.entry(own).or_insert(true) &= dead.contains(&id) || alive.contains(&id);
-        }
-    }
-    tried.into_iter().filter(|(_, tried)| !tried).map(|(cluster, _)| cluster.clone()).collect()
+    untried
 }
 
 /// What was said and heard: to whom a hello is due, and what others' hellos tell.
@@ -381,7 +379,7 @@ impl Hellos {
         self.own(now).map(|(node, hello)| (node, hello.cannot_reach.clone())).collect()
     }
 
-    /// The same for clusters to which none of their tunnels has ever answered.
+    /// The same for clusters to which a tunnel of theirs has never answered.
     pub fn untried(&self, now: Duration) -> BTreeMap<NodeName, BTreeSet<ClusterId>> {
         self.own(now).map(|(node, hello)| (node, hello.untried.clone())).collect()
     }

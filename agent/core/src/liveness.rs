@@ -327,8 +327,7 @@ impl Liveness {
     /// The peers that there are; what is known of others is forgotten.
     pub fn handle_peers(&mut self, now: Duration, peers: &BTreeSet<PeerId>) {
         self.peers.retain(|id, _| peers.contains(id));
-        let settled = |p: &Peer| p.health == PeerHealth::Alive && now >= p.since + SETTLED;
-        let young = self.peers.values().any(settled).then(|| now + YOUTH);
+        let young = self.is_settled(now).then(|| now + YOUTH);
         for id in peers {
             self.peers.entry(*id).or_insert_with(|| Peer { young, ..Peer::new(now) });
         }
@@ -430,6 +429,15 @@ impl Liveness {
     pub fn young(&self, now: Duration) -> BTreeSet<PeerId> {
         let is = |peer: &Peer| peer.young.is_some_and(|until| now < until);
         self.peers.iter().filter(|(_, peer)| is(peer)).map(|(id, _)| *id).collect()
+    }
+
+    /// All peers, once one of them has lived for a while: who is not among them came just now, and will be young.
+    pub fn known(&self, now: Duration) -> Option<BTreeSet<PeerId>> {
+        self.is_settled(now).then(|| self.peers.keys().copied().collect())
+    }
+
+    fn is_settled(&self, now: Duration) -> bool {
+        self.peers.values().any(|p| p.health == PeerHealth::Alive && now >= p.since + SETTLED)
     }
 
     /// Those that answer.

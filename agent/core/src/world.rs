@@ -85,10 +85,12 @@ pub struct Health {
     /// Peers that came lately to others that have lived for a while, and have not shown yet that they can carry: better
     /// none of these, if another way is there. An own gateway has, once it answers and says what it has tried.
     pub young: BTreeSet<PeerId>,
+    /// All peers that are watched, once one of them has lived for a while: others came just now, and are young too.
+    pub known: Option<BTreeSet<PeerId>>,
     /// By own node that said something lately: clusters that it has no live tunnel to.
     pub unreachable: BTreeMap<NodeName, BTreeSet<ClusterId>>,
-    /// By own node that said something lately: clusters to which none of its tunnels has ever answered. Heeded of young
-    /// ones alone: unknown is not dead.
+    /// By own node that said something lately: clusters to which a tunnel of it has never answered. Heeded of young ones
+    /// alone: unknown is not dead.
     pub untried: BTreeMap<NodeName, BTreeSet<ClusterId>>,
 }
 

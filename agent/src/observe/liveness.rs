@@ -76,6 +76,8 @@ pub struct Answers {
     pub dead: BTreeSet<PeerId>,
     /// They came lately, to others that have answered for a while.
     pub young: BTreeSet<PeerId>,
+    /// All, once one has answered for a while.
+    pub known: Option<BTreeSet<PeerId>>,
 }
 
 /// What was known of peers before this process, kept over restarts: after one a dead peer must not get traffic again.
@@ -100,7 +102,7 @@ impl Memory {
     /// Who answered last, and who did not.
     pub fn answers(&self) -> Answers {
         let of = |wanted| self.known.iter().filter(|(_, h)| **h == wanted).map(|(id, _)| *id).collect();
-        Answers { alive: of(PeerHealth::Alive), dead: of(PeerHealth::Dead), young: BTreeSet::new() }
+        Answers { alive: of(PeerHealth::Alive), dead: of(PeerHealth::Dead), ..Answers::default() }
     }
 
     fn keep(&mut self, known: BTreeMap<PeerId, PeerHealth>) {
@@ -299,6 +301,7 @@ impl Task {
             alive: self.liveness.alive(),
             dead: self.liveness.dead(),
             young: self.liveness.young(self.start.elapsed()),
+            known: self.liveness.known(self.start.elapsed()),
         };
         let before = answers.borrow().clone();
         if now == before {
@@ -482,7 +485,7 @@ mod tests {
         memory.keep(BTreeMap::from([(id, PeerHealth::Dead)]));
         assert_eq!(
             Memory::load(dir.path()).answers(),
-            Answers { alive: BTreeSet::new(), dead: BTreeSet::from([id]), young: BTreeSet::new() }
+            Answers { dead: BTreeSet::from([id]), ..Answers::default() }
         );
         std::fs::write(dir.path().join("health.json"), "nonsense").unwrap();
         assert_eq!(Memory::load(dir.path()).answers(), Answers::default());

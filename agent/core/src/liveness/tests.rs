@@ -334,9 +334,11 @@ fn who_comes_to_others_that_live_is_young_for_a_while() {
     // At the start nobody is: all are equally unknown, and soon after it too.
     liveness.handle_peers(ms(0), &BTreeSet::from([id(1), id(2)]));
     drive(&mut liveness, 0, 9000);
+    assert_eq!(liveness.known(ms(9000)), None);
     liveness.handle_peers(ms(9000), &BTreeSet::from([id(1), id(2), id(3)]));
     assert_eq!(liveness.young(ms(9000)), BTreeSet::new());
     drive(&mut liveness, 9000, 11_000);
+    assert_eq!(liveness.known(ms(11_000)), Some(BTreeSet::from([id(1), id(2), id(3)])));
     liveness.handle_peers(ms(11_000), &BTreeSet::from([id(1), id(2), id(4), id(5)]));
     // One that a predecessor knew is none.
     liveness.handle_memory(ms(11_000), id(5), PeerHealth::Alive);

@@ -156,7 +156,8 @@ impl<'a> Way<'a> {
             peer,
             alive: !health.dead.contains(&id),
             proved: health.alive.contains(&id),
-            young: health.young.contains(&id),
+            young: health.young.contains(&id)
+                || health.known.as_ref().is_some_and(|known| !known.contains(&id)),
             told,
             untried,
         })

@@ -224,6 +224,10 @@ fn gateways_that_came_lately_get_packets_once_they_can_carry_them() {
     w1.health.young = both;
     assert_eq!(slots(&plan(&w1).0, prefix), Some(vec![5, 6]), "all are");
 
+    // Not watched yet, while others are.
+    w1.health = Health { known: Some(dead(&world("w1"), &[5]).dead), ..Health::default() };
+    assert_eq!(slots(&plan(&w1).0, prefix), Some(vec![5]));
+
     let mut gw1 = world("gw1");
     gw1.health.young = dead(&gw1, &[2]).dead;
     assert_eq!(slots(&plan(&gw1).0, prefix), Some(vec![1]));
