@@ -33,8 +33,15 @@ impl Flows {
     /// The largest gap, and how many were lost.
     fn stop(self, title: &str) -> Result<(f64, u64)> {
         let (mut worst, mut lost) = (0.0_f64, 0);
-        for (name, flow) in self.0 {
-            let report = flow.stop_udp()?;
+        // Each waits a second for what is under way.
+        let reports: Vec<_> = std::thread::scope(|scope| {
+            let stop =
+                |(name, flow): (String, tombolo_lab::Flow)| scope.spawn(move || (name, flow.stop_udp()));
+            let threads: Vec<_> = self.0.into_iter().map(stop).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        for (name, report) in reports {
+            let report = report?;
             if report.lost > 0 {
                 eprintln!(
                     "{title}: {name}: {} of {} lost, largest gap {:.0} ms",
@@ -88,7 +95,7 @@ fn nodes_come_and_go() {
                 lab.take_node(node)?
             }
             std::thread::sleep(
-                (EVERY * (event + 1)).saturating_sub(begun.elapsed() + Duration::from_millis(300)),
+                (EVERY * (event + 1)).saturating_sub(begun.elapsed() + Duration::from_millis(1300)),
             );
             let (gap, lost) = flows.stop(&title)?;
             if node.contains("gw") && !comes {

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use tombolo_lab::{scenario, wait_until};
+use tombolo_lab::fault::Fault;
+use tombolo_lab::{scenario, scenario_alone, strict, wait_until};
 
 use super::common::{SOON, Shape, acquainted, bytes, findings, slots, up};
 
@@ -94,5 +95,50 @@ fn three_gateways_all_carry() {
             }
         }
         Ok(())
+    });
+}
+
+/// A gateway whose own tunnels to a cluster are all dead says so, and its nodes leave its slot.
+#[test]
+fn a_gateway_says_what_it_cannot_reach() {
+    scenario_alone("small::a_gateway_says_what_it_cannot_reach", LIMIT, || {
+        let lab = up(&[Shape::of(2, 1), Shape::of(2, 1), Shape::of(1, 1)])?;
+        acquainted(&lab, |node| match node {
+            "eu-gw1" | "eu-gw2" | "us-gw1" | "us-gw2" => 5,
+            "as-gw1" => 5,
+            "as-w1" => 1,
+            _ => 2,
+        })?;
+        let towards = |prefix: &str, wanted: &[&str]| -> Result<()> {
+            let slots = slots(&lab, "eu-w1", prefix)?;
+            ensure!(slots == wanted, "eu-w1 has {slots:?} towards {prefix}");
+            Ok(())
+        };
+        let both = ["tombolo5", "tombolo6"];
+        wait_until("both slots", SOON, || towards("10.2.0.0/16", &both))?;
+        let mut flows = Vec::new();
+        for (from, to) in [("eu-p1", "us-p1"), ("eu-p1", "us-g1"), ("us-p1", "eu-p1"), ("eu-p1", "us-g2")] {
+            let pod = lab.topology().pod(to)?;
+            flows.push(lab.udp_flow(from, pod.v4.into(), 500)?);
+            flows.push(lab.udp_flow(from, pod.v6.into(), 500)?);
+        }
+        std::thread::sleep(Duration::from_secs(2));
+        lab.fault(Fault::Cut { a: "eu-gw1".into(), b: "us".into() })?;
+        let took =
+            wait_until("the cut gateway's slot to be left", SOON, || towards("10.2.0.0/16", &["tombolo6"]))?;
+        eprintln!("the slot of a gateway that is cut off was left after {:.0} ms", took.as_secs_f64() * 1e3);
+        // It reaches the third, and says nothing else.
+        towards("10.3.0.0/16", &both)?;
+        towards("fd00:10:3::/48", &both)?;
+        std::thread::sleep(Duration::from_secs(2));
+        let mut worst = 0.0_f64;
+        for flow in flows {
+            worst = worst.max(flow.stop_udp()?.largest_gap_ms);
+        }
+        let budget = if strict() { 1500.0 } else { 7500.0 };
+        eprintln!("a gateway is cut off from one cluster: worst gap {worst:.0} ms; budget {budget:.0} ms");
+        ensure!(worst < budget, "a gap of {worst:.0} ms");
+        lab.heal()?;
+        wait_until("both slots again", SOON, || towards("10.2.0.0/16", &both)).map(drop)
     });
 }
