@@ -13,8 +13,13 @@ use tombolo_proto::{
 use crate::honest::{self, intact};
 use crate::mallory::{self, Mallory, PODS, at, backends, export, service};
 
-/// From an honest export to the name, at most (milliseconds).
+/// From an honest export to the name, at most (milliseconds): in full runs, on a machine that does nothing else.
 const BUDGET: f64 = 1000.0;
+/// The same where a landing's other tests share the machine.
+const BUDGET_BUSY: f64 = 5000.0;
+/// Half of the honest changes take at most so many times as long as without the flood, in full runs. The liar's own
+/// work, and that of the broker and of four agents, is done on the same few cores.
+const RATIO: f64 = 3.0;
 
 /// Measures the honest pair before the flood and during it. `flood` is called again and again, at most `rate` times a
 /// second, with a number that grows.
@@ -56,9 +61,12 @@ fn flooded(
             during
         })?;
         let said = times.load(Ordering::Relaxed);
-        println!("{name}: {said} statements; before\n{before}\nduring\n{during}");
-        ensure!(before.export.max_ms < BUDGET, "slow before the flood already:\n{before}");
-        ensure!(during.export.max_ms < BUDGET, "the flood slows others:\n{during}\nbefore\n{before}");
+        let ratio = during.export.p50_ms / before.export.p50_ms;
+        println!("{name}: {said} statements; before\n{before}\nduring\n{during}\nratio of the p50: {ratio:.2}");
+        let budget = if tombolo_lab::strict() { BUDGET } else { BUDGET_BUSY };
+        ensure!(before.export.max_ms < budget, "slow before the flood already:\n{before}");
+        ensure!(during.export.max_ms < budget, "the flood slows others:\n{during}\nbefore\n{before}");
+        ensure!(!tombolo_lab::strict() || ratio < RATIO, "the flood slows others {ratio:.2} times");
         lab.export("eu-west", "production", "api-service")?;
         tombolo_lab::wait_until("the honest service", honest::SOON, || honest::talk(&lab))?;
         intact(&lab, "mallory", &["flood.production", "flood-1.production"])?;
@@ -178,6 +186,11 @@ fn thousands_of_nodes_and_backends() {
             }
             mallory.say(said)
         },
-        |_, _| Ok(()),
+        |lab, _| {
+            for cluster in ["eu-west", "us-east"] {
+                honest::told(lab, cluster, "QuotaExceeded", "the statement of mallory is refused")?;
+            }
+            Ok(())
+        },
     );
 }
