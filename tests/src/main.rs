@@ -52,7 +52,7 @@ enum Command {
         /// List events and budgets; run nothing.
         #[arg(long)]
         list: bool,
-        /// Write all figures to this file too, as JSON, after each test.
+        /// Write all figures to this file too, as JSON, after each test; what the tests said to FILE with the ending log.
         #[arg(long, value_name = "FILE")]
         keep: Option<std::path::PathBuf>,
         /// As a table or as JSON.

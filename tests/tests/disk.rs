@@ -216,12 +216,15 @@ fn a_full_disk_of_the_api_loses_nothing() {
                 lab.fault(full("eu-west"))?;
                 // The event itself: longer than a Lease.
                 std::thread::sleep(Duration::from_secs(20));
+                // Who wants to write says so once, until it can.
+                let mut told = 0;
                 for log in &logs {
                     let troubles = log.troubles()?;
-                    eprintln!("{troubles:#?}");
-                    let full: Vec<_> = troubles.iter().filter(|l| l.contains("No space left")).collect();
-                    ensure!(full.len() == 1 && troubles.len() == 1, "{troubles:#?}");
+                    let full = troubles.iter().filter(|l| l.contains("No space left")).count();
+                    ensure!(full <= 1 && troubles.len() == full, "{troubles:#?}");
+                    told += full;
                 }
+                ensure!(told > 0, "not a word");
                 lab.heal()?;
                 news(&lab, "eu-west", "db", "us-c", "db.production.svc.clusterset.local")?;
                 lab.unexport("eu-west", "production", "db")?;

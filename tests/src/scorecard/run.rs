@@ -1,7 +1,8 @@
 //! Runs the tests that measure promises, as often as asked, and gathers their figures.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::io::{BufRead, BufReader};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -25,7 +26,8 @@ pub struct Options {
     pub only: Vec<String>,
     /// The short forms of tests.
     pub short: bool,
-    /// A file to which the card goes as JSON after each test: hours of figures must not be lost.
+    /// A file to which the card goes as JSON after each test: hours of figures must not be lost. What the tests said
+    /// goes beside it, with the ending `.log`: a figure alone says nothing about its cause.
     pub keep: Option<PathBuf>,
 }
 
@@ -115,6 +117,9 @@ pub fn run(options: &Options, mut progress: impl FnMut(&str)) -> Result<Card> {
     let files: BTreeSet<&str> = tests.keys().map(|(file, _)| *file).collect();
     let built = build(&files)?;
     let mut card = Card { rows: Vec::new() };
+    let log = options.keep.as_ref().map(|file| file.with_extension("log"));
+    let mut log =
+        log.map(|file| File::create(&file).with_context(|| file.display().to_string())).transpose()?;
     for ((file, function), events) in tests {
         let program = built.get(file).with_context(|| format!("cargo built no test {file}"))?;
         let wanted = |event: &str| chosen[event].runs.unwrap_or(u32::MAX).min(options.runs) as usize;
@@ -127,12 +132,18 @@ pub fn run(options: &Options, mut progress: impl FnMut(&str)) -> Result<Card> {
                 break;
             }
             let before: usize = taken.values().map(Vec::len).sum();
-            let ended = once(program, function, (left as u32).min(PER_LAB), options.short, |figure| {
-                let Some(list) = taken.get_mut(figure.event.as_str()) else { return };
-                list.push(figure.clone());
-                let (count, of) = (list.len(), wanted(&figure.event).max(list.len()));
-                progress(&format!("{} {count}/{of}: {} {}", figure.event, tidy(figure.value), figure.unit));
-            });
+            let ended =
+                once(program, function, (left as u32).min(PER_LAB), options.short, &mut log, |figure| {
+                    let Some(list) = taken.get_mut(figure.event.as_str()) else { return };
+                    list.push(figure.clone());
+                    let (count, of) = (list.len(), wanted(&figure.event).max(list.len()));
+                    progress(&format!(
+                        "{} {count}/{of}: {} {}",
+                        figure.event,
+                        tidy(figure.value),
+                        figure.unit
+                    ));
+                });
             if let Err(error) = ended {
                 progress(&format!("{function}: {error:#}"));
                 failures.push(format!("{error:#}"));
@@ -215,7 +226,14 @@ fn build(files: &BTreeSet<&str>) -> Result<BTreeMap<String, PathBuf>> {
 }
 
 /// Runs a test once and hands on each figure as it comes.
-fn once(program: &Path, test: &str, runs: u32, short: bool, mut take: impl FnMut(&Figure)) -> Result<()> {
+fn once(
+    program: &Path,
+    test: &str,
+    runs: u32,
+    short: bool,
+    log: &mut Option<File>,
+    mut take: impl FnMut(&Figure),
+) -> Result<()> {
     let mut command = Command::new(program);
     command.args([test, "--exact", "--nocapture", "--include-ignored"]);
     command.env(COLLECTING, "1").env(RUNS, runs.to_string()).env_remove(FULL);
@@ -227,6 +245,9 @@ fn once(program: &Path, test: &str, runs: u32, short: bool, mut take: impl FnMut
     for line in BufReader::new(child.stderr.take().context("no output")?).lines().map_while(Result::ok) {
         if let Some(figure) = Figure::read(&line) {
             take(&figure);
+        }
+        if let Some(log) = log {
+            writeln!(log, "{line}")?;
         }
         last.push_back(line);
         if last.len() > 20 {
