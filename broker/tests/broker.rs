@@ -132,6 +132,44 @@ async fn a_revoked_cluster_is_out_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_rotated_key_holds_no_session_and_binds_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let broker = broker(directory.path(), Hooks::default()).await;
+    let (mut east, mut west) = (Member::new("east", 1), Member::new("west", 2));
+    east.join(broker.address());
+    west.join(broker.address());
+    until("both know each other", || west.holds(&east) && east.holds(&west)).await;
+    let before = east.membership.clone();
+    east.membership = before.rotated(&key(1), key(11).public()).unwrap();
+    {
+        let documents = Documents { memberships: vec![parts(&east.membership)], ..Documents::default() };
+        let mut replica = east.replica.lock().unwrap();
+        assert_eq!(replica.offer_documents(&documents), []);
+        east.version.send_replace(replica.version());
+    }
+    // Whoever goes on to call by the old key, with the old membership, is let go and not let in.
+    for word in ["replaced by a newer one", "was replaced by its generation 1"] {
+        until(word, || east.ended.lock().unwrap().clone().is_some_and(|text| text.contains(word))).await;
+    }
+    assert_eq!(west.replica.lock().unwrap().membership(&east.id()).unwrap().generation(), 1);
+    assert!(west.holds(&east), "what the old key said stays until the new one speaks");
+    // Nor does it bind another key.
+    let fork = before.rotated(&key(1), key(66).public()).unwrap();
+    let documents = Documents { memberships: vec![parts(&fork)], ..Documents::default() };
+    let request = pb::OfferRequest { documents: Some(wire::encode_documents(&documents)) };
+    let answer = client(broker.address(), &key(99)).await.offer(request).await.unwrap().into_inner();
+    assert!(answer.refusals[0].reason.contains("was seen first and is pinned"), "{answer:?}");
+    // The honest one comes with the new key.
+    east.leave();
+    east.seed = 11;
+    east.position = tombolo_proto::model::Position { generation: 1, epoch: 2, sequence: 0, ..east.position };
+    east.publish("api", namespace("production"), b"new");
+    east.join(broker.address());
+    until("its word is heard", || west.holds(&east)).await;
+    broker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn strangers_get_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let broker = broker(directory.path(), Hooks::default()).await;
