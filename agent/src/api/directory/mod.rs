@@ -360,6 +360,10 @@ impl ClusterApi for Directory {
         let id = own(member::id(&cluster))?;
         let value = json(&own(member::write(&cluster, member))?);
         let (serial, bindings) = (serial(member), member.bindings.clone());
+        // Thousands of prefixes are encoded before the lock is taken: others wait for it.
+        let (store, of, records) = (Arc::clone(&self.store), cluster.clone(), nodes.clone());
+        let prepare = move || store.look(|t| Shards::prepare(t, &of, &records));
+        let prepared = tokio::task::spawn_blocking(prepare).await.map_err(|_| Error::Ending)??;
         let work = move |t: &mut Transaction<'_>| {
             let known = t.get(&id)?.flatten();
             let known = known.and_then(|value| member::read(&typed(&value).ok()?).ok());
@@ -372,7 +376,7 @@ impl ClusterApi for Directory {
                 // Joined anew, or its key rotated, since the caller looked.
                 return Err(Error::Conflict { object: id.to_string() });
             }
-            put_member(t, &cluster, &id, value, &nodes)
+            prepared.put(t, &cluster, &id, value, &nodes)
         };
         self.lead(work).await
     }
@@ -461,6 +465,62 @@ fn bound_key(member: &Member) -> Option<PublicKey> {
     Some(binding.key)
 }
 
+/// A cluster's MemberNodes as they are to be, made from what was there.
+struct Shards {
+    there: BTreeMap<ObjectId, store::Found>,
+    wanted: BTreeMap<ObjectId, Value>,
+}
+
+impl Shards {
+    fn prepare(
+        t: &Transaction<'_>,
+        cluster: &ClusterId,
+        nodes: &BTreeMap<RecordKey, Record>,
+    ) -> Result<Self, Error> {
+        let there = shards(t, cluster)?;
+        let mut placed = BTreeMap::new();
+        for object in there.values().flatten() {
+            if let Ok((_, shard, records)) = typed(object).and_then(|object| member::read_nodes(&object)) {
+                placed.extend(records.into_iter().map(|record| (record.key, shard)));
+            }
+        }
+        let mut wanted = BTreeMap::new();
+        for (shard, object) in own(member::write_nodes(cluster, nodes, &placed))? {
+            wanted.insert(own(member::nodes_id(cluster, shard))?, json(&object));
+        }
+        Ok(Self { there, wanted })
+    }
+
+    /// Whether it was made from this.
+    fn is_of(&self, there: &BTreeMap<ObjectId, store::Found>) -> bool {
+        let same = |(a, b): (&store::Found, &store::Found)| match (a, b) {
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b) || version(a) == version(b),
+            (None, None) => true,
+            _ => false,
+        };
+        self.there.keys().eq(there.keys()) && self.there.values().zip(there.values()).all(same)
+    }
+
+    /// Writes the nodes, and then the statement that they fit.
+    fn put(
+        self,
+        t: &mut Transaction<'_>,
+        cluster: &ClusterId,
+        id: &ObjectId,
+        value: Value,
+        nodes: &BTreeMap<RecordKey, Record>,
+    ) -> Result<(), Error> {
+        let there = shards(t, cluster)?;
+        let Self { wanted, .. } = if self.is_of(&there) { self } else { Self::prepare(t, cluster, nodes)? };
+        let gone: Vec<ObjectId> = there.keys().filter(|id| !wanted.contains_key(*id)).cloned().collect();
+        for (id, object) in wanted {
+            t.put(&id, object)?;
+        }
+        t.put(id, value)?;
+        gone.iter().try_for_each(|id| t.delete(id))
+    }
+}
+
 /// Writes a cluster's nodes, and then the statement that they fit.
 fn put_member(
     t: &mut Transaction<'_>,
@@ -469,24 +529,7 @@ fn put_member(
     value: Value,
     nodes: &BTreeMap<RecordKey, Record>,
 ) -> Result<(), Error> {
-    let there = shards(t, cluster)?;
-    let mut placed = BTreeMap::new();
-    for object in there.values().flatten() {
-        if let Ok((_, shard, records)) = typed(object).and_then(|object| member::read_nodes(&object)) {
-            placed.extend(records.into_iter().map(|record| (record.key, shard)));
-        }
-    }
-    let mut wanted = BTreeSet::new();
-    for (shard, object) in own(member::write_nodes(cluster, nodes, &placed))? {
-        let id = own(member::nodes_id(cluster, shard))?;
-        t.put(&id, json(&object))?;
-        wanted.insert(id);
-    }
-    t.put(id, value)?;
-    for id in there.keys().filter(|id| !wanted.contains(id)) {
-        t.delete(id)?;
-    }
-    Ok(())
+    Shards::prepare(t, cluster, nodes)?.put(t, cluster, id, value, nodes)
 }
 
 /// What there is of a cluster's MemberNodes.

@@ -73,6 +73,25 @@ impl Store {
         }
     }
 
+    /// Reads without the lock: what is prepared so has to be compared with what is there under it.
+    ///
+    /// # Errors
+    /// What `body` returned, or what the system said.
+    pub(super) fn look<T>(
+        &self,
+        body: impl FnOnce(&Transaction<'_>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let top = File::open(&self.top).map_err(Error::io("open", &self.top))?;
+        body(&Transaction {
+            store: self,
+            lane: OBJECTS,
+            _lock: top,
+            puts: BTreeMap::new(),
+            order: Vec::new(),
+            deletes: BTreeSet::new(),
+        })
+    }
+
     /// Runs `body` under the lock and writes what it put, all or, if this process dies, the first few.
     ///
     /// # Errors

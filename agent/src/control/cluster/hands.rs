@@ -26,6 +26,7 @@ use crate::tell::Part;
 const FINDINGS: usize = 300;
 
 /// What the hands work with.
+#[derive(Clone)]
 pub(super) struct Hands {
     pub(super) api: Arc<dyn ClusterApi>,
     pub(super) shown: Arc<Shown>,
@@ -38,7 +39,6 @@ pub(super) struct Hands {
 
 struct Work {
     hands: Hands,
-    keeper: Keeper,
     start: Instant,
     /// There between batches.
     desk: Option<Desk>,
@@ -47,12 +47,55 @@ struct Work {
 
 /// Works until `stop`.
 pub(super) async fn run(hands: Hands, stop: CancellationToken) -> Result<()> {
+    let members = members(&hands, &stop);
+    let services = services(&hands, &stop);
+    tokio::try_join!(members, services).map(drop)
+}
+
+/// Keeps what was verified of every cluster.
+async fn members(hands: &Hands, stop: &CancellationToken) -> Result<()> {
+    let mut keeper = Keeper::new(hands.api.clone(), hands.shared.clone(), hands.cluster.clone());
     let mut observed = hands.api.observe();
     let mut changed = hands.shared.changed();
     let mut said = hands.said.clone();
-    let keeper = Keeper::new(hands.api.clone(), hands.shared.clone(), hands.cluster.clone());
+    let start = Instant::now();
+    loop {
+        changed.borrow_and_update();
+        let member = said.borrow_and_update().is_some();
+        let now = observed.borrow_and_update().clone();
+        let mut wait = RESYNC;
+        if let (Some(members), Some(nodes)) = (now.members.get(), now.member_nodes.get())
+            && member
+            && hands.fence.holds()
+        {
+            let mut writes = Writes::new(&hands.fence);
+            if let Some(due) = keeper.members(start.elapsed(), members, nodes, &mut writes).await {
+                wait = wait.min(due.saturating_sub(start.elapsed()));
+            }
+            wait = told(writes, wait);
+        }
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(()),
+            result = observed.changed() => result.context("the cluster's API ended")?,
+            result = changed.changed() => result.context("the sessions ended")?,
+            result = said.changed() => result.context("the voice ended")?,
+            () = tokio::time::sleep(wait) => {}
+        }
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            () = tokio::time::sleep(DEBOUNCE) => {}
+        }
+    }
+}
+
+/// Writes imports, slices and statuses.
+async fn services(hands: &Hands, stop: &CancellationToken) -> Result<()> {
+    let mut observed = hands.api.observe();
+    let mut changed = hands.shared.changed();
+    let mut said = hands.said.clone();
     let now = Instant::now();
-    let mut work = Work { hands, keeper, start: now, desk: None, scrubbed: now };
+    let mut work = Work { hands: hands.clone(), start: now, desk: None, scrubbed: now };
     loop {
         changed.borrow_and_update();
         said.borrow_and_update();
@@ -73,6 +116,17 @@ pub(super) async fn run(hands: Hands, stop: CancellationToken) -> Result<()> {
     }
 }
 
+/// How long to wait, after this came of writing.
+fn told(writes: Writes<'_>, wait: Duration) -> Duration {
+    match writes.outcome() {
+        Ok(()) => wait,
+        Err(error) => {
+            warn!("the cluster's objects are not all written, retrying: {error:#}");
+            wait.clamp(RETRY / 10, RETRY)
+        }
+    }
+}
+
 impl Work {
     /// One batch, and whatever else is due; when to look again.
     async fn round(&mut self, observed: &Arc<Observed>) -> Result<Duration> {
@@ -84,25 +138,15 @@ impl Work {
             self.hands.shown.tell(Part::Services, Vec::new());
             return Ok(RESYNC);
         };
-        let fence = self.hands.fence.clone();
-        let mut writes = Writes::new(&fence);
-        let mut wait = RESYNC;
-        let now = self.start.elapsed();
-        if let (Some(members), Some(nodes)) = (observed.members.get(), observed.member_nodes.get())
-            && let Some(due) = self.keeper.members(now, members, nodes, &mut writes).await
-        {
-            wait = wait.min(due.saturating_sub(now));
-        }
         let known =
             observed.namespaces.is_known() && observed.imports.is_known() && observed.slices.is_known();
-        if known {
-            wait = wait.min(self.services(observed, said, &mut writes).await?);
+        if !known {
+            return Ok(RESYNC);
         }
-        if let Err(error) = writes.outcome() {
-            warn!("the cluster's objects are not all written, retrying: {error:#}");
-            wait = wait.min(RETRY);
-            tokio::time::sleep(DEBOUNCE * 10).await;
-        }
+        let fence = self.hands.fence.clone();
+        let mut writes = Writes::new(&fence);
+        let wait = self.services(observed, said, &mut writes).await?;
+        let wait = told(writes, wait);
         Ok(wait)
     }
 
