@@ -1,4 +1,5 @@
 //! Keys and grants change under traffic, and what the administrator takes back is gone everywhere.
+#![allow(clippy::print_stderr)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read as _, Write as _};
@@ -15,13 +16,16 @@ use tombolo_lab::fault::Fault;
 use tombolo_lab::probe::Report;
 use tombolo_lab::sandbox::ROOT;
 use tombolo_lab::topology::{NAMESERVER, TWO, Topology};
-use tombolo_lab::{Flow, Lab, measured, place, program, scenario, strict, wait_until};
+use tombolo_lab::{Flow, Lab, event, place, program, scenario, strict, wait_until};
 use tombolo_proto::model::{ClusterId, Position};
 use tombolo_proto::wire::decode_statement;
 
 const LIMIT: Duration = Duration::from_secs(300);
 const SOON: Duration = Duration::from_secs(30);
 const API: &str = "api-service.production.svc.clusterset.local";
+
+/// What was measured: event, figure, unit.
+type Figures = Vec<(&'static str, f64, &'static str)>;
 
 /// Two clusters of three nodes; every pod reaches every pod.
 fn up() -> Result<Lab> {
@@ -54,6 +58,9 @@ fn lost(flows: Vec<Flow>) -> Result<u64> {
         match flow.stop()? {
             Report::Udp(report) => {
                 ensure!(report.sent > 1000, "{report:?}");
+                if report.lost > 0 {
+                    eprintln!("{report:?}");
+                }
                 lost += report.lost;
             }
             Report::Dns(report) => {
@@ -180,49 +187,7 @@ fn ms(time: Duration) -> f64 {
 fn a_rotated_cluster_key_loses_no_packet() {
     scenario("a_rotated_cluster_key_loses_no_packet", LIMIT, || {
         let lab = up()?;
-        let nodes: Vec<_> = lab.topology().nodes().map(|n| n.name.clone()).collect();
-        let before: Vec<_> = nodes.iter().map(|n| kernel(&lab, n)).collect::<Result<_>>()?;
-        let serials: BTreeMap<&str, u64> = ["eu-west", "us-east"]
-            .into_iter()
-            .map(|cluster| Ok((cluster, position(&lab, cluster, cluster)?.serial)))
-            .collect::<Result<_>>()?;
-        let flows = flows(&lab)?;
-        for (cluster, other, node) in [("us-east", "eu-west", "us-w1"), ("eu-west", "us-east", "eu-gw1")] {
-            let start = Instant::now();
-            let said = in_cluster(&lab, node, &["rotate", "cluster-key"], "")?;
-            ensure!(said.contains("generation 1 now") && said.contains("spoken with"), "{said}");
-            wait_until("the other cluster to hear it", SOON, || {
-                known(&lab, other, cluster, serials[cluster], 1)
-            })?;
-            measured("cluster-key-rotation-known", ms(start.elapsed()), "ms")?;
-        }
-        // Whoever starts now speaks with the new key.
-        let node = leader(&lab, "us-east")?;
-        let at = position(&lab, "us-east", "us-east")?;
-        lab.kill_child(&node, "agent")?;
-        wait_until("a leader", SOON, || {
-            let now = position(&lab, "us-east", "us-east")?;
-            ensure!(now.epoch > at.epoch && now.generation == 1, "at {now} still");
-            Ok(())
-        })?;
-        // Twice while the broker is away: who was not there hears of both at once.
-        lab.kill("broker", "broker")?;
-        for generation in [2, 3] {
-            let said = in_cluster(&lab, "us-gw1", &["rotate", "cluster-key", "-o", "json"], "")?;
-            ensure!(said.contains(&format!("\"generation\": {generation}")), "{said}");
-        }
-        known(&lab, "eu-west", "us-east", serials["us-east"], 1)?;
-        lab.restart("broker", "broker")?;
-        wait_until("the broker's return", SOON, || known(&lab, "eu-west", "us-east", serials["us-east"], 3))?;
-        let held = member(&lab, "eu-west", "us-east")?;
-        ensure!(held.bindings.len() == 4, "{} bindings", held.bindings.len());
-        measured("cluster-key-rotation-lost", lost(flows)? as f64, "packets")?;
-        for (node, before) in nodes.iter().zip(before) {
-            let after = kernel(&lab, node)?;
-            ensure!(after == before, "{node} changed:\n{before}\nto\n{after}");
-        }
-        let status = in_cluster(&lab, "eu-gw2", &["status", "-o", "json"], "")?;
-        ensure!(status.contains("\"generation\": 3"), "{status}");
+        event(&lab, &[], || rotations(&lab))?;
         // What it says with the new key counts.
         lab.export("us-east", "production", "web")?;
         wait_until("news under the new key", SOON, || {
@@ -231,6 +196,51 @@ fn a_rotated_cluster_key_loses_no_packet() {
         })?;
         Ok(())
     });
+}
+
+/// Of both clusters, with a leader that dies, and twice while the broker is away.
+fn rotations(lab: &Lab) -> Result<Figures> {
+    let nodes: Vec<_> = lab.topology().nodes().map(|n| n.name.clone()).collect();
+    let before: Vec<_> = nodes.iter().map(|n| kernel(lab, n)).collect::<Result<_>>()?;
+    let mut figures = Figures::new();
+    let flows = flows(lab)?;
+    for (cluster, other, node) in [("us-east", "eu-west", "us-w1"), ("eu-west", "us-east", "eu-gw1")] {
+        let now = position(lab, cluster, cluster)?;
+        let next = now.generation + 1;
+        let start = Instant::now();
+        let said = in_cluster(lab, node, &["rotate", "cluster-key"], "")?;
+        ensure!(said.contains(&format!("generation {next} now")) && said.contains("spoken with"), "{said}");
+        wait_until("the other cluster to hear it", SOON, || known(lab, other, cluster, now.serial, next))?;
+        figures.push(("cluster-key-rotation-known", ms(start.elapsed()), "ms"));
+    }
+    // Whoever starts now speaks with the new key.
+    let at = position(lab, "us-east", "us-east")?;
+    lab.kill_child(&leader(lab, "us-east")?, "agent")?;
+    wait_until("a leader", SOON, || {
+        let now = position(lab, "us-east", "us-east")?;
+        ensure!(now.epoch > at.epoch && now.generation == at.generation, "at {now} still");
+        Ok(())
+    })?;
+    // Twice while the broker is away: who was not there hears of both at once.
+    lab.kill("broker", "broker")?;
+    for generation in [at.generation + 1, at.generation + 2] {
+        let said = in_cluster(lab, "us-gw1", &["rotate", "cluster-key", "-o", "json"], "")?;
+        ensure!(said.contains(&format!("\"generation\": {generation}")), "{said}");
+    }
+    known(lab, "eu-west", "us-east", at.serial, at.generation)?;
+    lab.restart("broker", "broker")?;
+    let last = at.generation + 2;
+    wait_until("the broker's return", SOON, || known(lab, "eu-west", "us-east", at.serial, last))?;
+    let held = member(lab, "eu-west", "us-east")?.bindings.len();
+    ensure!(held == usize::try_from(last)? + 1, "{held} bindings");
+    figures.push(("cluster-key-rotation-lost", lost(flows)? as f64, "packets"));
+    for (node, before) in nodes.iter().zip(before) {
+        let after = kernel(lab, node)?;
+        ensure!(after == before, "{node} changed:\n{before}\nto\n{after}");
+    }
+    let status = in_cluster(lab, "eu-gw2", &["status", "-o", "json"], "")?;
+    ensure!(status.contains(&format!("\"generation\": {last}")), "{status}");
+    Ok(figures)
 }
 
 /// A second range on a worker's CNI: a pod gets an address in it.
@@ -249,95 +259,109 @@ fn second_range(lab: &Lab) -> Result<()> {
 fn an_extended_grant_loses_no_packet_and_carries() {
     scenario("an_extended_grant_loses_no_packet_and_carries", LIMIT, || {
         let lab = up()?;
-        let nodes = |cluster: &str| -> Result<Vec<String>> {
-            Ok(lab.topology().cluster(cluster)?.nodes.iter().map(|n| n.name.clone()).collect())
-        };
-        let target: IpAddr = "10.9.3.10".parse()?;
+        let target: IpAddr = SECOND.parse()?;
         second_range(&lab)?;
         let echo = lab.ping("eu-c", target, Duration::from_millis(500))?;
         ensure!(!echo.is_answered(), "it is reached before it is granted");
-        let before = position(&lab, "eu-west", "us-east")?;
-
-        let flows = flows(&lab)?;
-        let token = administrator(&lab, &["invite", "us-east", "--add-pod-cidr", "10.9.0.0/16"])?;
-        let start = Instant::now();
-        in_cluster(&lab, "us-gw1", &["join", "-"], &token)?;
-        for node in nodes("eu-west")? {
-            wait_until("the new range to be routed", SOON, || {
-                let routes = routes(&lab, &node)?;
-                ensure!(routes.contains("unreachable 10.9.0.0/16 "), "{node} does not know it:\n{routes}");
-                Ok(())
-            })?;
-        }
-        // From pods of a worker and of a gateway, source kept, and back.
-        for pod in ["eu-c", "eu-a"] {
-            let own = lab.topology().pod(pod)?.v4.to_string();
-            wait_until("the new range to carry", SOON, || {
-                let answer = lab.fetch(pod, &format!("http://{target}:8080/ip"), &["--timeout", "1"])?;
-                ensure!(answer.body.trim() == own, "{target} saw {own} as {}", answer.body);
-                ensure!(lab.ping(pod, target, Duration::from_secs(1))?.is_answered(), "no echo");
-                Ok(())
-            })?;
-        }
-        measured("grant-extended-carries", ms(start.elapsed()), "ms")?;
-        let after = position(&lab, "eu-west", "us-east")?;
-        ensure!(after.serial > before.serial && after.generation == 0, "{before} -> {after}");
-        measured("grant-extended-lost", lost(flows)? as f64, "packets")?;
-
-        // Narrowed again: gone everywhere, and what stays carries on.
-        let flows = self::flows(&lab)?;
-        let token = administrator(&lab, &["invite", "us-east", "--remove-pod-cidr", "10.9.0.0/16"])?;
-        let start = Instant::now();
-        in_cluster(&lab, "us-gw2", &["join", "-"], &token)?;
-        for node in nodes("eu-west")?.iter().chain(&nodes("us-east")?) {
-            wait_until("the range to go", SOON, || {
-                let routes = routes(&lab, node)?;
-                ensure!(!routes.contains("10.9."), "{node} still has it:\n{routes}");
-                Ok(())
-            })?;
-        }
-        measured("grant-narrowed-gone", ms(start.elapsed()), "ms")?;
-        let echo = lab.ping("eu-c", target, Duration::from_millis(500))?;
-        ensure!(!echo.is_answered(), "it is reached still");
-        measured("grant-narrowed-lost", lost(flows)? as f64, "packets")?;
-        Ok(())
+        event(&lab, &[], || extension(&lab, target))
     });
+}
+
+/// An address of a pod in the second range.
+const SECOND: &str = "10.9.3.10";
+
+/// A range comes and goes.
+fn extension(lab: &Lab, target: IpAddr) -> Result<Figures> {
+    let mut figures = Figures::new();
+    let nodes = |cluster: &str| -> Result<Vec<String>> {
+        Ok(lab.topology().cluster(cluster)?.nodes.iter().map(|n| n.name.clone()).collect())
+    };
+    let before = position(lab, "eu-west", "us-east")?;
+
+    let flows = flows(lab)?;
+    let token = administrator(lab, &["invite", "us-east", "--add-pod-cidr", "10.9.0.0/16"])?;
+    let start = Instant::now();
+    in_cluster(lab, "us-gw1", &["join", "-"], &token)?;
+    for node in nodes("eu-west")? {
+        wait_until("the new range to be routed", SOON, || {
+            let routes = routes(lab, &node)?;
+            ensure!(routes.contains("unreachable 10.9.0.0/16 "), "{node} does not know it:\n{routes}");
+            Ok(())
+        })?;
+    }
+    // From pods of a worker and of a gateway, source kept, and back.
+    for pod in ["eu-c", "eu-a"] {
+        let own = lab.topology().pod(pod)?.v4.to_string();
+        wait_until("the new range to carry", SOON, || {
+            let answer = lab.fetch(pod, &format!("http://{target}:8080/ip"), &["--timeout", "1"])?;
+            ensure!(answer.body.trim() == own, "{target} saw {own} as {}", answer.body);
+            ensure!(lab.ping(pod, target, Duration::from_secs(1))?.is_answered(), "no echo");
+            Ok(())
+        })?;
+    }
+    figures.push(("grant-extended-carries", ms(start.elapsed()), "ms"));
+    let after = position(lab, "eu-west", "us-east")?;
+    ensure!(after.serial > before.serial && after.generation == 0, "{before} -> {after}");
+    figures.push(("grant-extended-lost", lost(flows)? as f64, "packets"));
+
+    // Narrowed again: gone everywhere, and what stays carries on.
+    let flows = self::flows(lab)?;
+    let token = administrator(lab, &["invite", "us-east", "--remove-pod-cidr", "10.9.0.0/16"])?;
+    let start = Instant::now();
+    in_cluster(lab, "us-gw2", &["join", "-"], &token)?;
+    for node in nodes("eu-west")?.iter().chain(&nodes("us-east")?) {
+        wait_until("the range to go", SOON, || {
+            let routes = routes(lab, node)?;
+            ensure!(!routes.contains("10.9."), "{node} still has it:\n{routes}");
+            Ok(())
+        })?;
+    }
+    figures.push(("grant-narrowed-gone", ms(start.elapsed()), "ms"));
+    let echo = lab.ping("eu-c", target, Duration::from_millis(500))?;
+    ensure!(!echo.is_answered(), "it is reached still");
+    figures.push(("grant-narrowed-lost", lost(flows)? as f64, "packets"));
+    Ok(figures)
 }
 
 #[test]
 fn a_stolen_key_is_replaced_without_a_gap() {
     scenario("a_stolen_key_is_replaced_without_a_gap", LIMIT, || {
         let lab = up()?;
-        let key = || -> Result<_> {
-            let key = Directory::open(lab.cluster_dir("us-east"))?.read_cluster_key()?;
-            Ok(key.context("no key")?.public())
-        };
-        let (stolen, before) = (key()?, position(&lab, "eu-west", "us-east")?);
-        let flows = flows(&lab)?;
-        let ranges = ["10.2.0.0/16", "fd00:10:2::/48"].map(|r| ["--pod-cidr", r]).concat();
-        let token =
-            administrator(&lab, &[&["invite", "us-east", "--renew"][..], ranges.as_slice()].concat())?;
-        in_cluster(&lab, "us-w1", &["join", "-", "--new-key"], &token)?;
-        ensure!(key()? != stolen, "the key is the same");
-        wait_until("the other cluster to hear it", SOON, || {
-            let now = position(&lab, "eu-west", "us-east")?;
-            ensure!(now.serial > before.serial, "{now}");
-            Ok(())
-        })?;
-        // Now the grant that the thief can speak under is ended, and the cluster's own is not.
-        administrator(&lab, &["revoke", "us-east", "--older", "--yes"])?;
-        wait_until("the list to be there", SOON, || {
-            let set = Directory::open(lab.cluster_dir("eu-west"))?.read_clusterset()?.context("no set")?;
-            ensure!(set.value.revocations.is_some(), "no list yet");
-            Ok(())
-        })?;
+        event(&lab, &[], || replacement(&lab))?;
         lab.export("us-east", "production", "web")?;
         wait_until("news under the new grant", SOON, || {
             let url = "http://web.production.svc.clusterset.local:8080/health";
             lab.fetch("eu-c", url, &["--timeout", "2"]).map(drop)
         })?;
-        measured("stolen-key-replaced-lost", lost(flows)? as f64, "packets")
+        Ok(())
     });
+}
+
+/// By a newer grant and a new key; then the former grant ends.
+fn replacement(lab: &Lab) -> Result<Figures> {
+    let key = || -> Result<_> {
+        let key = Directory::open(lab.cluster_dir("us-east"))?.read_cluster_key()?;
+        Ok(key.context("no key")?.public())
+    };
+    let (stolen, before) = (key()?, position(lab, "eu-west", "us-east")?);
+    let flows = flows(lab)?;
+    let ranges = ["10.2.0.0/16", "fd00:10:2::/48"].map(|r| ["--pod-cidr", r]).concat();
+    let token = administrator(lab, &[&["invite", "us-east", "--renew"][..], ranges.as_slice()].concat())?;
+    in_cluster(lab, "us-w1", &["join", "-", "--new-key"], &token)?;
+    ensure!(key()? != stolen, "the key is the same");
+    wait_until("the other cluster to hear it", SOON, || {
+        let now = position(lab, "eu-west", "us-east")?;
+        ensure!(now.serial > before.serial, "{now}");
+        Ok(())
+    })?;
+    // Now the grant that the thief can speak under is ended, and the cluster's own is not.
+    administrator(lab, &["revoke", "us-east", "--older", "--yes"])?;
+    wait_until("the list to be there", SOON, || {
+        let set = Directory::open(lab.cluster_dir("eu-west"))?.read_clusterset()?.context("no set")?;
+        ensure!(set.value.revocations.is_some(), "no list yet");
+        Ok(())
+    })?;
+    Ok(vec![("stolen-key-replaced-lost", lost(flows)? as f64, "packets")])
 }
 
 #[test]
@@ -349,40 +373,42 @@ fn revocation_is_obeyed_everywhere() {
             let url = "http://web.production.svc.clusterset.local:8080/health";
             lab.fetch("eu-c", url, &["--timeout", "2"]).map(drop)
         })?;
-        let keys: BTreeMap<&str, BTreeSet<String>> = ["eu-west", "us-east"]
-            .into_iter()
-            .map(|cluster| Ok((cluster, wireguard_keys(&lab, cluster)?)))
-            .collect::<Result<_>>()?;
-        let start = Instant::now();
-        lab.revoke("eu-west")?;
-        // On both sides: the others forget it, and it forgets the others.
-        for cluster in &lab.topology().clusters {
-            let (gone, range) =
-                if cluster.id == "eu-west" { ("us-east", "10.2.") } else { ("eu-west", "10.1.") };
-            for node in &cluster.nodes {
-                wait_until("peers and routes to go", SOON, || {
-                    forgotten(&lab, &node.name, range, &keys[gone])
-                })?;
-            }
-        }
-        for (pod, name) in [("us-c", API), ("eu-c", "web.production.svc.clusterset.local")] {
-            wait_until("the name to go", SOON, || {
-                let answer = lab.ask(pod, name, 1)?;
-                ensure!(answer.0 == 3, "{name} answers {answer:?}");
-                Ok(())
-            })?;
-        }
-        measured("revocation", ms(start.elapsed()), "ms")?;
-        let target = lab.topology().pod("eu-c")?.v4.into();
-        let echo = lab.ping("us-c", target, Duration::from_millis(500))?;
-        ensure!(!echo.is_answered(), "it is reached still: {echo:?}");
-        let told = in_cluster(&lab, "eu-gw1", &["status"], "")?;
-        ensure!(told.contains("revoked by the administrator"), "{told}");
-        // Admitted again, it is back.
-        lab.join("eu-west")?;
-        wait_until("the cluster to be back", SOON, || lab.everybody_reaches_everybody())?;
-        Ok(())
+        event(&lab, &[], || revocation(&lab))
     });
+}
+
+/// Of a cluster, which is admitted again then.
+fn revocation(lab: &Lab) -> Result<Figures> {
+    let keys: BTreeMap<&str, BTreeSet<String>> = ["eu-west", "us-east"]
+        .into_iter()
+        .map(|cluster| Ok((cluster, wireguard_keys(lab, cluster)?)))
+        .collect::<Result<_>>()?;
+    let start = Instant::now();
+    lab.revoke("eu-west")?;
+    // On both sides: the others forget it, and it forgets the others.
+    for cluster in &lab.topology().clusters {
+        let (gone, range) = if cluster.id == "eu-west" { ("us-east", "10.2.") } else { ("eu-west", "10.1.") };
+        for node in &cluster.nodes {
+            wait_until("peers and routes to go", SOON, || forgotten(lab, &node.name, range, &keys[gone]))?;
+        }
+    }
+    for (pod, name) in [("us-c", API), ("eu-c", "web.production.svc.clusterset.local")] {
+        wait_until("the name to go", SOON, || {
+            let answer = lab.ask(pod, name, 1)?;
+            ensure!(answer.0 == 3, "{name} answers {answer:?}");
+            Ok(())
+        })?;
+    }
+    let took = ms(start.elapsed());
+    let target = lab.topology().pod("eu-c")?.v4.into();
+    let echo = lab.ping("us-c", target, Duration::from_millis(500))?;
+    ensure!(!echo.is_answered(), "it is reached still: {echo:?}");
+    let told = in_cluster(lab, "eu-gw1", &["status"], "")?;
+    ensure!(told.contains("revoked by the administrator"), "{told}");
+    // Admitted again, it is back.
+    lab.join("eu-west")?;
+    wait_until("the cluster to be back", SOON, || lab.everybody_reaches_everybody())?;
+    Ok(vec![("revocation", took, "ms")])
 }
 
 fn forgotten(lab: &Lab, node: &str, range: &str, keys: &BTreeSet<String>) -> Result<()> {
@@ -420,39 +446,49 @@ fn revocation_comes_by_whoever_has_it() {
         let lab = Lab::build(Topology::parse(THREE)?)?;
         lab.bring_up()?;
         wait_until("tunnels", SOON, || lab.everybody_reaches_everybody())?;
-        lab.export("oslo", "production", "api")?;
-        let name = "api.production.svc.clusterset.local";
-        for pod in ["riga-a", "turku-a"] {
-            wait_until("the name", SOON, || {
-                ensure!(lab.ask(pod, name, 1)?.0 == 0, "{pod} does not know it");
-                Ok(())
-            })?;
-        }
-        let keys = wireguard_keys(&lab, "oslo")?;
-        let gone = |pod: &str, node: &str| -> Result<()> {
-            forgotten(&lab, node, "10.1.", &keys)?;
-            let answer = lab.ask(pod, name, 1)?;
-            ensure!(answer.0 == 3, "{pod} hears {answer:?}");
-            Ok(())
-        };
-        let flow = lab.udp_flow("riga-a", lab.topology().pod("turku-a")?.v4.into(), 1000)?;
-        // turku is cut off from the only broker that the administrator reaches.
-        lab.fault(Fault::Cut { a: "turku".into(), b: "broker-1".into() })?;
-        lab.stop("broker-2", "broker")?;
-        let start = Instant::now();
-        lab.revoke("oslo")?;
-        wait_until("riga to obey", SOON, || gone("riga-a", "riga-1"))?;
-        let riga = start.elapsed();
-        ensure!(gone("turku-a", "turku-1").is_err(), "turku cannot know");
-        // riga has sessions with both brokers, and passes on what it heard.
-        lab.cont("broker-2", "broker")?;
-        let start = Instant::now();
-        wait_until("turku to obey", SOON, || gone("turku-a", "turku-1"))?;
-        measured("revocation-by-another", ms(start.elapsed()), "ms")?;
-        // A broker that does not answer is waited for by the command, not by the members.
-        ensure!(riga < Duration::from_secs(20), "{riga:?}");
-        measured("revocation-others-lost", flow.stop_udp()?.lost as f64, "packets")
+        event(&lab, &[], || by_another(&lab))
     });
+}
+
+/// One cluster hears of a revocation through another.
+fn by_another(lab: &Lab) -> Result<Figures> {
+    lab.export("oslo", "production", "api")?;
+    let name = "api.production.svc.clusterset.local";
+    for pod in ["riga-a", "turku-a"] {
+        wait_until("the name", SOON, || {
+            ensure!(lab.ask(pod, name, 1)?.0 == 0, "{pod} does not know it");
+            Ok(())
+        })?;
+    }
+    let keys = wireguard_keys(lab, "oslo")?;
+    let gone = |pod: &str, node: &str| -> Result<()> {
+        forgotten(lab, node, "10.1.", &keys)?;
+        let answer = lab.ask(pod, name, 1)?;
+        ensure!(answer.0 == 3, "{pod} hears {answer:?}");
+        Ok(())
+    };
+    let flow = lab.udp_flow("riga-a", lab.topology().pod("turku-a")?.v4.into(), 1000)?;
+    // turku is cut off from the only broker that the administrator reaches.
+    lab.fault(Fault::Cut { a: "turku".into(), b: "broker-1".into() })?;
+    lab.stop("broker-2", "broker")?;
+    let start = Instant::now();
+    lab.revoke("oslo")?;
+    wait_until("riga to obey", SOON, || gone("riga-a", "riga-1"))?;
+    let riga = start.elapsed();
+    ensure!(gone("turku-a", "turku-1").is_err(), "turku cannot know");
+    // riga has sessions with both brokers, and passes on what it heard.
+    lab.cont("broker-2", "broker")?;
+    let start = Instant::now();
+    wait_until("turku to obey", SOON, || gone("turku-a", "turku-1"))?;
+    let turku = ms(start.elapsed());
+    // A broker that does not answer is waited for by the command, not by the members.
+    ensure!(riga < Duration::from_secs(20), "{riga:?}");
+    let lost = lost(vec![flow])? as f64;
+    // Back to where it began.
+    lab.heal()?;
+    lab.join("oslo")?;
+    wait_until("it to be back", SOON, || lab.everybody_reaches_everybody())?;
+    Ok(vec![("revocation-by-another", turku, "ms"), ("revocation-others-lost", lost, "packets")])
 }
 
 #[test]
@@ -462,39 +498,44 @@ fn who_leaves_is_gone_and_may_come_back() {
         let lab = Lab::build(Topology::parse(&three)?)?;
         lab.bring_up()?;
         wait_until("tunnels", SOON, || lab.everybody_reaches_everybody())?;
-        lab.export("oslo", "production", "api")?;
-        let name = "api.production.svc.clusterset.local";
-        wait_until("the name", SOON, || {
-            ensure!(lab.ask("riga-a", name, 1)?.0 == 0, "not known");
-            Ok(())
-        })?;
-        let (oslo, riga) = (wireguard_keys(&lab, "oslo")?, wireguard_keys(&lab, "riga")?);
-        let flow = lab.udp_flow("riga-a", lab.topology().pod("turku-a")?.v4.into(), 1000)?;
-        let start = Instant::now();
-        let said = in_cluster(&lab, "oslo-1", &["leave", "--yes"], "")?;
-        ensure!(said.contains("states nothing any more") && said.contains("tombolo revoke oslo"), "{said}");
-        wait_until("the others to forget it", SOON, || {
-            ensure!(peers("riga-1")?.is_disjoint(&oslo), "riga-1 has peers still");
-            ensure!(lab.ask("riga-a", name, 1)?.0 == 3, "riga-a has the name still");
-            Ok(())
-        })?;
-        // Its ranges stay its own: never in clear.
-        let routes = routes(&lab, "riga-1")?;
-        ensure!(routes.contains("unreachable 10.1.0.0/16 "), "{routes}");
-        wait_until("it to forget the others", SOON, || forgotten(&lab, "oslo-1", "10.2.", &riga))?;
-        measured("leave", ms(start.elapsed()), "ms")?;
-        measured("leave-others-lost", lost(vec![flow])? as f64, "packets")?;
-        lab.join("oslo").err().context("a grant that lives is not granted anew by mistake")?;
-        let token = administrator(
-            &lab,
-            &["invite", "oslo", "--renew", "--pod-cidr", "10.1.0.0/16", "--pod-cidr", "fd00:10:1::/48"],
-        )?;
-        in_cluster(&lab, "oslo-1", &["join", "-"], &token)?;
-        wait_until("it to be back", SOON, || lab.everybody_reaches_everybody())?;
-        wait_until("the name to be back", SOON, || {
-            ensure!(lab.ask("riga-a", name, 1)?.0 == 0, "not known");
-            Ok(())
-        })
-        .map(drop)
+        event(&lab, &[], || departure(&lab))
     });
+}
+
+/// A cluster leaves, and joins again.
+fn departure(lab: &Lab) -> Result<Figures> {
+    lab.export("oslo", "production", "api")?;
+    let name = "api.production.svc.clusterset.local";
+    wait_until("the name", SOON, || {
+        ensure!(lab.ask("riga-a", name, 1)?.0 == 0, "not known");
+        Ok(())
+    })?;
+    let (oslo, riga) = (wireguard_keys(lab, "oslo")?, wireguard_keys(lab, "riga")?);
+    let flow = lab.udp_flow("riga-a", lab.topology().pod("turku-a")?.v4.into(), 1000)?;
+    let start = Instant::now();
+    let said = in_cluster(lab, "oslo-1", &["leave", "--yes"], "")?;
+    ensure!(said.contains("states nothing any more") && said.contains("tombolo revoke oslo"), "{said}");
+    wait_until("the others to forget it", SOON, || {
+        ensure!(peers("riga-1")?.is_disjoint(&oslo), "riga-1 has peers still");
+        ensure!(lab.ask("riga-a", name, 1)?.0 == 3, "riga-a has the name still");
+        Ok(())
+    })?;
+    // Its ranges stay its own: never in clear.
+    let routes = routes(lab, "riga-1")?;
+    ensure!(routes.contains("unreachable 10.1.0.0/16 "), "{routes}");
+    wait_until("it to forget the others", SOON, || forgotten(lab, "oslo-1", "10.2.", &riga))?;
+    let took = ms(start.elapsed());
+    let lost = lost(vec![flow])? as f64;
+    lab.join("oslo").err().context("a grant that lives is not granted anew by mistake")?;
+    let token = administrator(
+        lab,
+        &["invite", "oslo", "--renew", "--pod-cidr", "10.1.0.0/16", "--pod-cidr", "fd00:10:1::/48"],
+    )?;
+    in_cluster(lab, "oslo-1", &["join", "-"], &token)?;
+    wait_until("it to be back", SOON, || lab.everybody_reaches_everybody())?;
+    wait_until("the name to be back", SOON, || {
+        ensure!(lab.ask("riga-a", name, 1)?.0 == 0, "not known");
+        Ok(())
+    })?;
+    Ok(vec![("leave", took, "ms"), ("leave-others-lost", lost, "packets")])
 }
