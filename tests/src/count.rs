@@ -30,7 +30,7 @@ fn all(seen: &Seen) -> Vec<(Instant, String)> {
     seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
-/// Watches links, addresses, routes, rules and nftables of nodes, as the kernel announces their changes.
+/// Watches our links, and all addresses, routes, rules and nftables of nodes, as the kernel announces their changes.
 #[derive(Debug)]
 pub struct Netlink {
     monitors: Vec<Child>,
@@ -59,8 +59,9 @@ impl Netlink {
         let (seen, node) = (self.seen.clone(), node.to_owned());
         std::thread::spawn(move || {
             for line in BufReader::new(out).lines().map_while(Result::ok) {
-                // nft ends each transaction with its number and its program.
-                if !line.starts_with("# new generation") {
+                // nft ends each transaction with its number and its program. A bridge announces its ports now and then.
+                let foreign = line.contains(": <") && !line.contains(": tombolo");
+                if !foreign && !line.starts_with("# new generation") {
                     note(&seen, format!("{node}: {line}"));
                 }
             }
