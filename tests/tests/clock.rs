@@ -81,12 +81,15 @@ fn a_node_whose_clock_went_back_is_up_within_seconds() {
                 );
                 Ok(())
             })?;
+            // Each device writes down its own within a moment.
+            std::thread::sleep(Duration::from_secs(2));
             let before = keys(&lab, "eu-west", node)?;
             let run = lab.state_dir(node).join("../../tombolo");
             event(&lab, &[node], || {
                 // As when it loses its power: /run is empty after.
-                lab.kill_tree(node, "agent")?;
-                lab.kill_tree(node, "wireguard")?;
+                // A child may end while it is being told to.
+                wait_until("the agent's end", SOON, || gone(&lab, node, "agent"))?;
+                wait_until("the devices' end", SOON, || gone(&lab, node, "wireguard"))?;
                 kill_all(&lab, node)?;
                 std::fs::remove_dir_all(&run).context("emptying /run")?;
                 ensure!(pass(&lab, &pairs[..1], Duration::from_millis(500)).is_err(), "it still carries");
@@ -125,8 +128,8 @@ fn a_clock_set_back_under_way_disturbs_nothing() {
         variables.push(format!("FAKETIME_TIMESTAMP_FILE={}/clock", program::STATE_DIR));
         variables.push("FAKETIME_CACHE_DURATION=1".to_owned());
         let variables: Vec<&str> = variables.iter().map(String::as_str).collect();
-        lab.kill_tree(node, "agent")?;
-        lab.kill_tree(node, "wireguard")?;
+        wait_until("the agent's end", SOON, || gone(&lab, node, "agent"))?;
+        wait_until("the devices' end", SOON, || gone(&lab, node, "wireguard"))?;
         lab.start(node, "wireguard", &program::with(&variables, program::wireguard()?)?)?;
         lab.start(node, "agent", &program::with(&variables, program::agent(&gateway)?)?)?;
         wait_until("tunnels", SOON, || lab.everybody_reaches_everybody())?;
@@ -184,6 +187,11 @@ fn kill_workers(lab: &Lab, node: &str) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Kills a program with all that it started, unless it is dead already.
+fn gone(lab: &Lab, node: &str, program: &str) -> Result<()> {
+    if lab.pid(node, program).is_ok() { lab.kill_tree(node, program) } else { Ok(()) }
 }
 
 /// What outlives its parents: devices.
