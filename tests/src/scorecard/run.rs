@@ -14,6 +14,8 @@ use crate::program;
 
 /// Runs in one lab; then a new one is built.
 const PER_LAB: u32 = 10;
+/// Labs beyond one a run: chance may lead an event past all flows, and then a run has no figure.
+const SPARE: u32 = 5;
 /// A test that failed so often is not tried again.
 const FAILURES: usize = 3;
 
@@ -124,11 +126,16 @@ pub fn run(options: &Options, mut progress: impl FnMut(&str)) -> Result<Card> {
         let program = built.get(file).with_context(|| format!("cargo built no test {file}"))?;
         let wanted = |event: &str| chosen[event].runs.unwrap_or(u32::MAX).min(options.runs) as usize;
         let mut taken: BTreeMap<&str, Vec<Figure>> = events.iter().map(|e| (*e, Vec::new())).collect();
-        let mut failures = Vec::new();
+        let (mut failures, mut labs) = (Vec::new(), 0);
         loop {
             let missing = |e: &&str| wanted(e).saturating_sub(taken.get(e).map_or(0, Vec::len));
             let left = events.iter().map(missing).max().unwrap_or(0);
             if left == 0 || failures.len() >= FAILURES {
+                break;
+            }
+            labs += 1;
+            if labs > options.runs + SPARE {
+                failures.push(format!("after {} labs there are not enough figures", labs - 1));
                 break;
             }
             let before: usize = taken.values().map(Vec::len).sum();
