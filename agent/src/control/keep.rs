@@ -21,6 +21,9 @@ use crate::observe::origin::View;
 /// Nodes that one cluster may state: every node of every cluster judges each of them.
 const MAX_NODES: usize = 600;
 
+/// Writing one node of another cluster is charged at most so much.
+const NODE: Duration = Duration::from_millis(2);
+
 /// Writes of one pass: every one is tried, the first problem is told. None is begun once the lead is lost.
 pub(super) struct Writes<'a> {
     fence: &'a Fence,
@@ -226,7 +229,10 @@ impl Keeper {
             let written = writes.attempt("a Member is not kept", write).await;
             let used = begun.elapsed();
             if *cluster != self.cluster {
-                self.credits.entry(cluster.clone()).or_insert_with(Credit::new).charge(now + used, used);
+                // On a machine that is busy with something else all takes long, which is nobody's fault.
+                let most = NODE * (u32::try_from(nodes.len()).unwrap_or(u32::MAX - 1) + 1);
+                let credit = self.credits.entry(cluster.clone()).or_insert_with(Credit::new);
+                credit.charge(now + used, used.min(most));
             }
             let Some(applied) = written else { continue };
             self.written.insert(cluster.clone(), now);

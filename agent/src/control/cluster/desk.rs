@@ -18,6 +18,8 @@ use crate::observe::origin::{self, Frame, Seen, View};
 /// A batch takes so long, or so many services: nobody waits longer for another's.
 const BATCH: Duration = Duration::from_millis(40);
 const BATCH_KEYS: usize = 256;
+/// A service is charged at most so much.
+const SERVICE: Duration = Duration::from_millis(5);
 /// What was written is shown so much later at most; until then what is shown tells nothing.
 const LAG: Duration = Duration::from_secs(2);
 /// Objects of so many services are written anew, if need be, with every resync: what is damaged is mended.
@@ -365,7 +367,9 @@ impl Desk {
 
     /// What became of a batch's writes. `used`: how long all of it took.
     pub(super) fn settle(&mut self, batch: Batch, good: bool, now: Duration, used: Duration) {
-        self.queue.charge(&batch.cause, now, used);
+        // On a machine that is busy with something else all takes long, which is nobody's fault.
+        let most = u32::try_from(batch.keys.len()).unwrap_or(u32::MAX);
+        self.queue.charge(&batch.cause, now, used.min(SERVICE * most));
         for key in &batch.keys {
             if let Some(held) = self.planned.get_mut(key) {
                 held.written = good.then_some(now);

@@ -156,7 +156,6 @@ impl Work {
         said: Arc<Said>,
         writes: &mut Writes<'_>,
     ) -> Result<Duration> {
-        let begun = Instant::now();
         let now = self.start.elapsed();
         let mut desk = match self.desk.take() {
             Some(desk) => desk,
@@ -173,16 +172,19 @@ impl Work {
             if scrub {
                 desk.scrub();
             }
+            let begun = Instant::now();
             let batch = desk.batch(&view, &shown, now);
+            let batch = batch.map(|batch| (batch, begun.elapsed()));
             let findings = desk.findings(FINDINGS);
             (desk, batch, findings)
         };
         let (mut desk, batch, findings) =
             tokio::task::spawn_blocking(plan).await.context("the plan failed")?;
         self.hands.shown.tell(Part::Services, findings);
-        if let Some(mut batch) = batch {
+        if let Some((mut batch, planned)) = batch {
+            let begun = Instant::now();
             let good = self.write(&mut batch, writes).await;
-            let used = begun.elapsed();
+            let used = planned + begun.elapsed();
             debug!(cause = ?batch.cause, services = batch.keys.len(), ?used, waiting = desk.waiting(), "planned");
             desk.settle(batch, good, self.start.elapsed(), used);
         }
