@@ -150,21 +150,19 @@ pub fn agent(node: &Node) -> Result<Vec<String>> {
 /// # Errors
 /// If it is not built.
 pub fn wireguard() -> Result<Vec<String>> {
-    with(&[STAMPS], line("tombolo-wireguard", &["serve", "--dir", DEVICES_DIR])?)
+    Ok(with(&[STAMPS], line("tombolo-wireguard", &["serve", "--dir", DEVICES_DIR])?))
 }
 
 /// Where devices write down their last handshakes: a node's own, not the machine's.
 pub const STAMPS: &str = "TOMBOLO_WIREGUARD_STATE_DIR=/run/lab/state/wireguard";
 
 /// A command line with these variables (`NAME=VALUE`).
-///
-/// # Errors
-/// None so far.
-pub fn with(variables: &[&str], line: Vec<String>) -> Result<Vec<String>> {
+#[must_use]
+pub fn with(variables: &[&str], line: Vec<String>) -> Vec<String> {
     let mut whole = vec!["env".to_owned()];
     whole.extend(variables.iter().map(|v| (*v).to_owned()));
     whole.extend(line);
-    Ok(whole)
+    whole
 }
 
 /// The variables under which a program's clock is shifted by so many seconds: the wall clock alone, as when somebody

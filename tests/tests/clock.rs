@@ -94,8 +94,8 @@ fn a_node_whose_clock_went_back_is_up_within_seconds() {
                 std::fs::remove_dir_all(&run).context("emptying /run")?;
                 ensure!(pass(&lab, &pairs[..1], Duration::from_millis(500)).is_err(), "it still carries");
                 let begun = Instant::now();
-                lab.start(node, "wireguard", &program::with(&variables, program::wireguard()?)?)?;
-                lab.start(node, "agent", &program::with(&variables, program::agent(&gateway)?)?)?;
+                lab.start(node, "wireguard", &program::with(&variables, program::wireguard()?))?;
+                lab.start(node, "agent", &program::with(&variables, program::agent(&gateway)?))?;
                 pass(&lab, &pairs, Duration::from_secs(60))?;
                 let took = begun.elapsed();
                 eprintln!("clock back one hour, everything restarted: traffic both ways after {took:?}");
@@ -130,8 +130,8 @@ fn a_clock_set_back_under_way_disturbs_nothing() {
         let variables: Vec<&str> = variables.iter().map(String::as_str).collect();
         wait_until("the agent's end", SOON, || gone(&lab, node, "agent"))?;
         wait_until("the devices' end", SOON, || gone(&lab, node, "wireguard"))?;
-        lab.start(node, "wireguard", &program::with(&variables, program::wireguard()?)?)?;
-        lab.start(node, "agent", &program::with(&variables, program::agent(&gateway)?)?)?;
+        lab.start(node, "wireguard", &program::with(&variables, program::wireguard()?))?;
+        lab.start(node, "agent", &program::with(&variables, program::agent(&gateway)?))?;
         wait_until("tunnels", SOON, || lab.everybody_reaches_everybody())?;
         let (client, pod) = ("client", lab.topology().pod("api-0")?.clone());
         event(&lab, &[], || {
@@ -215,7 +215,7 @@ fn a_device_without_an_agent_says_so_once_and_waits() {
         let device = |variables: &[String]| -> Result<Vec<String>> {
             let line = vec![program::find("tombolo-wireguard")?, "--foreground".into(), "wgq0".into()];
             let all: Vec<&str> = variables.iter().map(String::as_str).chain([program::STAMPS]).collect();
-            program::with(&all, line)
+            Ok(program::with(&all, line))
         };
         let key = |node: &str, file: &str| -> Result<String> {
             let place = lab.place(node)?;
