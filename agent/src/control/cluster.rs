@@ -321,7 +321,8 @@ impl Controller {
             findings.push(self.finding(
                 "KeyMismatch",
                 "the key in the cluster's API is not the one that its membership binds, so nothing is stated: \
-                 restore the Secret, or run `tombolo join` with a new token",
+                 restore the newest Secret, or run `tombolo join --new-key` with a new token (at once, if nobody here \
+                 has rotated the key: then somebody else has it)",
             ));
             return Ok(None);
         }
