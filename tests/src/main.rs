@@ -49,6 +49,9 @@ enum Command {
         /// The short forms of tests, as at a landing (30 s in place of 5 min, ...).
         #[arg(long)]
         short: bool,
+        /// Set aside, and take again, what was measured while the machine was starved (CONTROL MS says so).
+        #[arg(long)]
+        calm: bool,
         /// List events and budgets; run nothing.
         #[arg(long)]
         list: bool,
@@ -448,9 +451,9 @@ fn run(command: Command) -> Result<ExitCode> {
             let json = || serde_json::to_string_pretty(budgets);
             print(&if output == Output::Json { json()? } else { columns(&rows) });
         }
-        Command::Scorecard { runs, only, short, keep, output, .. } => {
+        Command::Scorecard { runs, only, short, calm, keep, output, .. } => {
             Sandbox::check()?;
-            let options = scorecard::Options { runs: runs.max(1), only, short, keep };
+            let options = scorecard::Options { runs: runs.max(1), only, short, calm, keep };
             let card = scorecard::run(&options, print_progress)?;
             let json = || serde_json::to_string_pretty(&card);
             print(&if output == Output::Json { json()? } else { card.to_string() });

@@ -177,6 +177,25 @@ impl Lab {
         self.probe(place, &["tcp", "--to", &to, "--rate", &rate])
     }
 
+    /// Starts a load of DNS questions as [`Self::dns_flow`] does, of which any answer with another address than these is
+    /// counted as wrong.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn dns_flow_expecting(
+        &self,
+        place: &str,
+        server: &str,
+        question: &Question,
+        rate: u32,
+        expect: &[IpAddr],
+    ) -> Result<Flow> {
+        let (kind, rate) = (question.kind.to_string(), rate.to_string());
+        let expect: Vec<_> = expect.iter().map(ToString::to_string).collect();
+        let args = ["dns", "--to", server, "--name", &question.name, "--type", &kind, "--rate", &rate];
+        self.probe(place, &[&args[..], &["--expect", &expect.join(",")]].concat())
+    }
+
     /// Starts a load of DNS questions from a place; `kind` is 1 for A, 28 for AAAA.
     ///
     /// # Errors

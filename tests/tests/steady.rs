@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use tombolo_lab::count::{Netlink, Writes};
-use tombolo_lab::probe::Report;
+use tombolo_lab::probe::{Question, Report};
 use tombolo_lab::topology::{NAMESERVER, TWO, Topology};
 use tombolo_lab::{Flow, Lab, event, runs, scenario_alone, strict, wait_until};
 
@@ -24,10 +24,13 @@ fn up() -> Result<Lab> {
 /// From pods on a gateway and on a worker, both families.
 fn flows(lab: &Lab) -> Result<Vec<Flow>> {
     let backend = lab.topology().pod("eu-c")?;
+    let question = Question { name: API.to_owned(), kind: 1 };
+    // The one answer that is right.
+    let (_, addresses) = lab.ask("us-c", API, 1)?;
     Ok(vec![
         lab.udp_flow("us-c", backend.v4.into(), 1000)?,
         lab.udp_flow("us-a", backend.v6.into(), 1000)?,
-        lab.dns_flow("us-c", &format!("{NAMESERVER}:53"), API, 1, 1000)?,
+        lab.dns_flow_expecting("us-c", &format!("{NAMESERVER}:53"), &question, 1000, &addresses)?,
     ])
 }
 

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 
-use super::{Budget, COLLECTING, FULL, Figure, RUNS, budgets, tidy};
+use super::{Budget, COLLECTING, FULL, Figure, RUNS, budgets, starving, tidy};
 use crate::program;
 
 /// Runs in one lab; then a new one is built.
@@ -28,6 +28,9 @@ pub struct Options {
     pub only: Vec<String>,
     /// The short forms of tests.
     pub short: bool,
+    /// Set figures aside that were taken while the machine was starved, by the witness of the control flow, and take
+    /// them again: for machines that do other things too.
+    pub calm: bool,
     /// A file to which the card goes as JSON after each test: hours of figures must not be lost. What the tests said
     /// goes beside it, with the ending `.log`: a figure alone says nothing about its cause.
     pub keep: Option<PathBuf>,
@@ -50,6 +53,8 @@ pub struct Row {
     pub worst: Option<f64>,
     /// The longest gap of the control flow beside any of them, in milliseconds: what the machine itself cost.
     pub control_ms: Option<f64>,
+    /// Figures set aside, since the machine was starved: they count for nothing.
+    pub starved: Vec<f64>,
     /// Why runs failed.
     pub failures: Vec<String>,
     /// All runs ended well and none was above the budget.
@@ -78,15 +83,16 @@ impl std::fmt::Display for Card {
         let cell = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), tidy);
         write!(
             f,
-            "{:wide$}   {:>4}   {:>8}   {:>8}   {:>8}   {:<8}   {:>10}   VERDICT",
-            "EVENT", "RUNS", "MEDIAN", "WORST", "BUDGET", "UNIT", "CONTROL MS"
+            "{:wide$}   {:>4}   {:>7}   {:>8}   {:>8}   {:>8}   {:<8}   {:>10}   VERDICT",
+            "EVENT", "RUNS", "STARVED", "MEDIAN", "WORST", "BUDGET", "UNIT", "CONTROL MS"
         )?;
         for row in &self.rows {
             write!(
                 f,
-                "\n{:wide$}   {:>4}   {:>8}   {:>8}   {:>8}   {:<8}   {:>10}   {}",
+                "\n{:wide$}   {:>4}   {:>7}   {:>8}   {:>8}   {:>8}   {:<8}   {:>10}   {}",
                 row.event,
                 row.figures.len(),
+                row.starved.len(),
                 cell(row.median),
                 cell(row.worst),
                 tidy(row.budget.budget),
@@ -126,7 +132,7 @@ pub fn run(options: &Options, mut progress: impl FnMut(&str)) -> Result<Card> {
         let program = built.get(file).with_context(|| format!("cargo built no test {file}"))?;
         let wanted = |event: &str| chosen[event].runs.unwrap_or(u32::MAX).min(options.runs) as usize;
         let mut taken: BTreeMap<&str, Vec<Figure>> = events.iter().map(|e| (*e, Vec::new())).collect();
-        let (mut failures, mut labs) = (Vec::new(), 0);
+        let (mut failures, mut aside, mut labs) = (Vec::new(), Vec::<Figure>::new(), 0);
         loop {
             let missing = |e: &&str| wanted(e).saturating_sub(taken.get(e).map_or(0, Vec::len));
             let left = events.iter().map(missing).max().unwrap_or(0);
@@ -138,10 +144,21 @@ pub fn run(options: &Options, mut progress: impl FnMut(&str)) -> Result<Card> {
                 failures.push(format!("after {} labs there are not enough figures", labs - 1));
                 break;
             }
-            let before: usize = taken.values().map(Vec::len).sum();
+            let before = taken.values().map(Vec::len).sum::<usize>() + aside.len();
             let ended =
                 once(program, function, (left as u32).min(PER_LAB), options.short, &mut log, |figure| {
                     let Some(list) = taken.get_mut(figure.event.as_str()) else { return };
+                    let bound = starving(chosen[figure.event.as_str()]);
+                    if options.calm && figure.control.is_some_and(|gap| gap >= bound) {
+                        progress(&format!(
+                            "{} set aside: {} {}",
+                            figure.event,
+                            tidy(figure.value),
+                            figure.unit
+                        ));
+                        aside.push(figure.clone());
+                        return;
+                    }
                     list.push(figure.clone());
                     let (count, of) = (list.len(), wanted(&figure.event).max(list.len()));
                     progress(&format!(
@@ -154,14 +171,16 @@ pub fn run(options: &Options, mut progress: impl FnMut(&str)) -> Result<Card> {
             if let Err(error) = ended {
                 progress(&format!("{function}: {error:#}"));
                 failures.push(format!("{error:#}"));
-            } else if taken.values().map(Vec::len).sum::<usize>() == before {
+            } else if taken.values().map(Vec::len).sum::<usize>() + aside.len() == before {
                 failures.push(format!("{file}::{function} ended well and measured nothing"));
                 break;
             }
         }
         for event in events {
             let figures = taken.remove(event).unwrap_or_default();
-            card.rows.push(row(event, chosen[event], &figures, &failures));
+            let mut row = row(event, chosen[event], &figures, &failures);
+            row.starved = aside.iter().filter(|f| f.event == event).map(|f| f.value).collect();
+            card.rows.push(row);
         }
         card.rows.sort_by(|a, b| a.event.cmp(&b.event));
         if let Some(file) = &options.keep {
@@ -201,6 +220,7 @@ fn row(event: &str, budget: &Budget, figures: &[Figure], failures: &[String]) ->
         median: sorted.get(sorted.len().saturating_sub(1) / 2).copied(),
         worst,
         control_ms: figures.iter().filter_map(|f| f.control).max_by(f64::total_cmp),
+        starved: Vec::new(),
         failures: failures.to_vec(),
         pass: failures.is_empty() && worst.is_some_and(|worst| worst <= budget.budget),
     }
