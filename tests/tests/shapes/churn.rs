@@ -80,7 +80,7 @@ fn nodes_come_and_go() {
         // Not us-w1, eu-w1 and the first gateways: between them are the flows.
         let movers = ["us-w2", "us-gw2", "us-w2", "us-gw2", "eu-gw2"];
         let events: u32 = if strict() { 50 } else { 5 };
-        let (mut deaths, mut others) = (Vec::new(), 0);
+        let (mut deaths, mut others, mut gap_of_others) = (Vec::new(), 0, 0.0_f64);
         let begun = Instant::now();
         for event in 0..events {
             let gone = movers.iter().find(|node| !lab.has_node(node));
@@ -102,6 +102,7 @@ fn nodes_come_and_go() {
                 deaths.push(gap);
             } else {
                 others += lost;
+                gap_of_others = gap_of_others.max(gap);
             }
         }
         let worst = deaths.iter().copied().fold(0.0, f64::max);
@@ -113,7 +114,12 @@ fn nodes_come_and_go() {
             worst < if strict() { GATEWAY_DIES_MS } else { 5.0 * GATEWAY_DIES_MS },
             "a gap of {worst:.0} ms"
         );
-        ensure!(others <= if strict() { 0 } else { 50 }, "{others} packets lost by what costs nothing");
+        // A landing's machine is shared, and may lose some to its load.
+        ensure!(!strict() || others == 0, "{others} packets lost by what costs nothing");
+        ensure!(
+            gap_of_others < 5.0 * GATEWAY_DIES_MS,
+            "a gap of {gap_of_others:.0} ms by what costs nothing"
+        );
 
         for node in movers {
             if !lab.has_node(node) {

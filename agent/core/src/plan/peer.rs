@@ -71,7 +71,8 @@ pub(crate) fn devices(
     for (cluster, member) in others {
         for (&name, station) in stations.get(cluster).into_iter().flatten() {
             let gateway = station.endpoint.rank.is_gateway();
-            if !station.direct && !(gateway && me.endpoint.rank.is_gateway()) {
+            let both_gateways = gateway && me.endpoint.rank.is_gateway();
+            if !both_gateways && !station.direct {
                 continue;
             }
             // A gateway speaks for its whole cluster, to a plain node too: what it carries on for a node whose own way
