@@ -16,7 +16,7 @@ use crate::api::Observed;
 use crate::observe::origin::{self, Frame, Seen, View};
 
 /// A batch takes so long, or so many services: nobody waits longer for another's.
-const BATCH: Duration = Duration::from_millis(40);
+const BATCH: Duration = Duration::from_millis(80);
 const BATCH_KEYS: usize = 256;
 /// A service is charged at most so much.
 const SERVICE: Duration = Duration::from_millis(5);
