@@ -62,7 +62,9 @@ fn flooded(
         })?;
         let said = times.load(Ordering::Relaxed);
         let ratio = during.export.p50_ms / before.export.p50_ms;
-        println!("{name}: {said} statements; before\n{before}\nduring\n{during}\nratio of the p50: {ratio:.2}");
+        println!(
+            "{name}: {said} statements; before\n{before}\nduring\n{during}\nratio of the p50: {ratio:.2}"
+        );
         let budget = if tombolo_lab::strict() { BUDGET } else { BUDGET_BUSY };
         ensure!(before.export.max_ms < budget, "slow before the flood already:\n{before}");
         ensure!(during.export.max_ms < budget, "the flood slows others:\n{during}\nbefore\n{before}");
