@@ -449,8 +449,7 @@ fn a_cluster_over_its_quota_keeps_what_it_had() {
 #[test]
 fn a_cluster_of_too_many_nodes_keeps_what_it_had() {
     let (mut member, _, _) = pair();
-    let mut broker =
-        Replica::new(roots(), Interest::All).with_quota(Quota { nodes: 8, ..Quota::default() });
+    let mut broker = Replica::new(roots(), Interest::All).with_quota(Quota { nodes: 8, ..Quota::default() });
     let mut link = Link::new(member.introduction(), Introduction::default());
     talk(&mut member.replica, &mut broker, &mut link);
     let kept = held(&broker, &member.id()).unwrap();
