@@ -465,6 +465,10 @@ fn texts(name: &str, accomplice: bool) {
                     prost::Message::encode_to_vec(&service(true)),
                     prost::Message::encode_to_vec(&gateway(1, 9)),
                 ] {
+                    // More than 600 nodes would be refused whole.
+                    if kind > 3 && !body.is_empty() && scope == tombolo_proto::model::Scope::Nodes {
+                        continue;
+                    }
                     let extra = body.len().to_string();
                     let mut name = name.clone();
                     if kind > 3 {
