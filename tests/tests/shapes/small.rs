@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use tombolo_lab::fault::Fault;
-use tombolo_lab::{scenario, scenario_alone, strict, wait_until};
+use tombolo_lab::{measured, scenario, scenario_alone, wait_until};
 
 use super::common::{SOON, Shape, acquainted, bytes, findings, slots, up};
 
@@ -35,27 +35,28 @@ fn one_node_is_a_cluster() {
 fn three_gateways_all_carry() {
     scenario("small::three_gateways_all_carry", LIMIT, || {
         let lab = up(&[Shape { pods: 6, ..Shape::of(4, 1) }, Shape { pods: 6, ..Shape::of(3, 1) }])?;
-        acquainted(&lab, |node| match node {
-            "eu-w1" | "us-w1" | "eu-gw4" => 3,
-            _ => 6,
+        // Ranks are given as agents come: any of the four may be the last.
+        let mut fourth = String::new();
+        wait_until("the fourth to be told about", SOON, || {
+            for node in lab.topology().nodes().filter(|n| n.cluster == "eu") {
+                let all: serde_json::Value = serde_json::from_str(&findings(&lab, &node.name)?)?;
+                let told = all.as_array().into_iter().flatten().find(|f| f["reason"] == "TooManyGateways");
+                if let Some(name) = told.and_then(|f| f["object"].as_str()?.strip_prefix("node eu/")) {
+                    fourth = name.to_owned();
+                    return Ok(());
+                }
+            }
+            bail!("no finding TooManyGateways")
         })?;
+        acquainted(&lab, |node| if node == fourth || ["eu-w1", "us-w1"].contains(&node) { 3 } else { 6 })?;
         for (node, prefix) in
-            [("eu-w1", "10.2.0.0/16"), ("us-w1", "10.1.0.0/16"), ("eu-gw4", "fd00:10:2::/48")]
+            [("eu-w1", "10.2.0.0/16"), ("us-w1", "10.1.0.0/16"), (&fourth, "fd00:10:2::/48")]
         {
             let slots = slots(&lab, node, prefix)?;
             ensure!(slots == ["tombolo5", "tombolo6", "tombolo7"], "{node} has {slots:?} towards {prefix}");
         }
         let slots = slots(&lab, "us-gw2", "10.1.0.0/16")?;
         ensure!(slots == ["tombolo1", "tombolo2", "tombolo3"], "{slots:?}");
-        wait_until("the fourth to be told about", SOON, || {
-            let mut all = String::new();
-            for node in lab.topology().nodes().filter(|n| n.cluster == "eu") {
-                all += &findings(&lab, &node.name)?;
-            }
-            ensure!(all.contains("TooManyGateways") && all.contains("eu-gw4"), "{all}");
-            Ok(())
-        })?;
-
         let before: Vec<_> = lab.topology().nodes().map(|n| bytes(&lab, &n.name)).collect::<Result<_>>()?;
         let mut flows = Vec::new();
         for p in 1..=6 {
@@ -67,8 +68,13 @@ fn three_gateways_all_carry() {
         }
         std::thread::sleep(Duration::from_secs(5));
         let mut lost = 0;
-        for flow in flows {
-            let report = flow.stop_udp()?;
+        // Each waits a second for what is under way.
+        let reports: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = flows.into_iter().map(|f| scope.spawn(move || f.stop_udp())).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        for report in reports {
+            let report = report?;
             ensure!(report.sent > 50, "{report:?}");
             lost += report.lost;
         }
@@ -87,7 +93,9 @@ fn three_gateways_all_carry() {
                 "eu-w1" | "us-w1" => {
                     ensure!(carries[5..8].iter().all(|n| *n > 50_000), "{}: {carries:?}", node.name)
                 }
-                "eu-gw4" => ensure!(carries.iter().sum::<u64>() < 50_000, "eu-gw4: {carries:?}"),
+                name if name == fourth => {
+                    ensure!(carries.iter().sum::<u64>() < 50_000, "{name}: {carries:?}")
+                }
                 name => {
                     ensure!(carries[1..4].iter().sum::<u64>() > 50_000, "{name}: {carries:?}");
                     ensure!(carries[4] > 50_000, "{name}: {carries:?}");
@@ -138,9 +146,7 @@ fn a_gateway_says_what_it_cannot_reach() {
         for flow in flows {
             worst = worst.max(flow.stop_udp()?.largest_gap_ms);
         }
-        let budget = if strict() { 1500.0 } else { 7500.0 };
-        eprintln!("a gateway is cut off from one cluster: worst gap {worst:.0} ms; budget {budget:.0} ms");
-        ensure!(worst < budget, "a gap of {worst:.0} ms");
+        measured("gateway-cut-off", worst, "ms")?;
         lab.heal()?;
         wait_until("both slots again", SOON, || towards("10.2.0.0/16", &both)).map(drop)
     });
