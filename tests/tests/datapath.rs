@@ -212,6 +212,12 @@ fn tunnels(lab: &Lab) -> Result<()> {
         Ok(())
     })
     .map(drop)
+    .inspect_err(|_| {
+        for node in lab.topology().nodes() {
+            let shown = lab.place(&node.name).and_then(|p| p.capture(&["wg", "show", "all"]));
+            eprintln!("{}:\n{}", node.name, shown.unwrap_or_else(|error| format!("{error:#}")));
+        }
+    })
 }
 
 /// An agent's work by hand.
@@ -254,6 +260,9 @@ struct Peer {
     node: Node,
     number: u8,
     allowed: Vec<IpNet>,
+    /// Seconds. One end calls: of two handshakes that cross, wireguard-go may keep one half each, and then one direction
+    /// is dead for two minutes, while keepalives of the other hide it.
+    keepalive: u8,
 }
 
 impl Hand {
@@ -282,7 +291,8 @@ impl Hand {
                 allowed.extend([IpNet::from(other.pods4), other.pods6.into()]);
                 allowed.extend(tunnel_addresses(lab, other)?.map(IpNet::from));
             }
-            peers.push(Peer { node: other.clone(), number: rank(node) + family, allowed });
+            let keepalive = if node.name < other.name { 5 } else { 0 };
+            peers.push(Peer { node: other.clone(), number: rank(node) + family, allowed, keepalive });
         }
         Ok(peers)
     }
@@ -367,9 +377,10 @@ fn configure(socket: &Path, secret: &StaticSecret, number: u8, peers: &[Peer]) -
         let port = 4510 + u16::from(peer.number);
         let _ = write!(
             text,
-            "public_key={}\nendpoint={}:{port}\npersistent_keepalive_interval=5\nreplace_allowed_ips=true\n",
+            "public_key={}\nendpoint={}:{port}\npersistent_keepalive_interval={}\nreplace_allowed_ips=true\n",
             hex(public.as_bytes()),
-            peer.node.v4
+            peer.node.v4,
+            peer.keepalive
         );
         for net in &peer.allowed {
             let _ = writeln!(text, "allowed_ip={net}");
