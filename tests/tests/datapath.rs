@@ -1,5 +1,6 @@
 //! The data path of docs/datapath.md, set up by hand: `ip`, `nft` and a WireGuard device, no agent. What the agent
 //! plans must behave like this; what this page of set-up cannot do, no agent can.
+#![allow(clippy::print_stderr)]
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Write};
