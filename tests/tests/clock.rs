@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use tombolo_agent::api::directory::Directory;
 use tombolo_lab::place::log_dir;
 use tombolo_lab::topology::{DEMO, Topology};
-use tombolo_lab::{Lab, event, program, runs, scenario_alone, wait_until};
+use tombolo_lab::{Lab, event, program, scenario_alone, wait_until};
 use tombolo_proto::model::NodeName;
 
 const LIMIT: Duration = Duration::from_secs(300);
@@ -60,56 +60,50 @@ fn a_node_whose_clock_went_back_is_up_within_seconds() {
     scenario_alone("a_node_whose_clock_went_back_is_up_within_seconds", LIMIT, || {
         let variables = program::shifted(-HOUR)?;
         let variables: Vec<&str> = variables.iter().map(String::as_str).collect();
-        for _ in 0..runs(1) {
-            let lab = up()?;
-            let gateway = lab.topology().cluster("eu-west")?.nodes.iter().find(|n| n.gateway);
-            let gateway = gateway.context("no gateway")?.clone();
-            let node = gateway.name.as_str();
-            let pods = |cluster: &str| -> Result<Vec<String>> {
-                let nodes = &lab.topology().cluster(cluster)?.nodes;
-                Ok(nodes.iter().flat_map(|n| n.pods.iter().map(|p| p.name.clone())).collect())
-            };
-            let (eu, us) = (pods("eu-west")?, pods("us-east")?);
-            let pairs: Vec<(&str, &str)> =
-                eu.iter().flat_map(|e| us.iter().map(move |u| (e.as_str(), u.as_str()))).collect();
-            wait_until("stamps", SOON, || {
-                let directory = lab.state_dir(node).join("wireguard");
-                ensure!(
-                    std::fs::read_dir(&directory).is_ok_and(|d| d.count() > 0),
-                    "{}",
-                    directory.display()
-                );
-                Ok(())
-            })?;
-            // Each device writes down its own within a moment.
-            std::thread::sleep(Duration::from_secs(2));
-            let before = keys(&lab, "eu-west", node)?;
-            let run = lab.state_dir(node).join("../../tombolo");
-            event(&lab, &[node], || {
-                // As when it loses its power: /run is empty after.
-                // A child may end while it is being told to.
-                wait_until("the agent's end", SOON, || gone(&lab, node, "agent"))?;
-                wait_until("the devices' end", SOON, || gone(&lab, node, "wireguard"))?;
-                kill_all(&lab, node)?;
-                std::fs::remove_dir_all(&run).context("emptying /run")?;
-                ensure!(pass(&lab, &pairs[..1], Duration::from_millis(500)).is_err(), "it still carries");
-                let begun = Instant::now();
-                lab.start(node, "wireguard", &program::with(&variables, program::wireguard()?))?;
-                lab.start(node, "agent", &program::with(&variables, program::agent(&gateway)?))?;
-                pass(&lab, &pairs, Duration::from_secs(60))?;
-                let took = begun.elapsed();
-                eprintln!("clock back one hour, everything restarted: traffic both ways after {took:?}");
-                Ok(vec![("clock-back", took.as_secs_f64() * 1000.0, "ms")])
-            })?;
-            // It was so, and this was the cure.
-            ensure!(log(node, "agent").contains("behind the last handshake"), "{}", lab.tail(node, "agent"));
-            let after = keys(&lab, "eu-west", node)?;
-            ensure!(before.iter().zip(&after).any(|(b, a)| b != a), "no key is another");
-            // Nothing else minds: it leads or follows, speaks and hears.
-            lab.wait_ready()?;
-            lab.export("eu-west", "production", "api-service")?;
-            wait_until("the name", SOON, || named(&lab, &us[0]))?;
-        }
+        let lab = up()?;
+        let gateway = lab.topology().cluster("eu-west")?.nodes.iter().find(|n| n.gateway);
+        let gateway = gateway.context("no gateway")?.clone();
+        let node = gateway.name.as_str();
+        let pods = |cluster: &str| -> Result<Vec<String>> {
+            let nodes = &lab.topology().cluster(cluster)?.nodes;
+            Ok(nodes.iter().flat_map(|n| n.pods.iter().map(|p| p.name.clone())).collect())
+        };
+        let (eu, us) = (pods("eu-west")?, pods("us-east")?);
+        let pairs: Vec<(&str, &str)> =
+            eu.iter().flat_map(|e| us.iter().map(move |u| (e.as_str(), u.as_str()))).collect();
+        wait_until("stamps", SOON, || {
+            let directory = lab.state_dir(node).join("wireguard");
+            ensure!(std::fs::read_dir(&directory).is_ok_and(|d| d.count() > 0), "{}", directory.display());
+            Ok(())
+        })?;
+        // Each device writes down its own within a moment.
+        std::thread::sleep(Duration::from_secs(2));
+        let before = keys(&lab, "eu-west", node)?;
+        let run = lab.state_dir(node).join("../../tombolo");
+        event(&lab, &[node], || {
+            // As when it loses its power: /run is empty after.
+            // A child may end while it is being told to.
+            wait_until("the agent's end", SOON, || gone(&lab, node, "agent"))?;
+            wait_until("the devices' end", SOON, || gone(&lab, node, "wireguard"))?;
+            kill_all(&lab, node)?;
+            std::fs::remove_dir_all(&run).context("emptying /run")?;
+            ensure!(pass(&lab, &pairs[..1], Duration::from_millis(500)).is_err(), "it still carries");
+            let begun = Instant::now();
+            lab.start(node, "wireguard", &program::with(&variables, program::wireguard()?))?;
+            lab.start(node, "agent", &program::with(&variables, program::agent(&gateway)?))?;
+            pass(&lab, &pairs, Duration::from_secs(60))?;
+            let took = begun.elapsed();
+            eprintln!("clock back one hour, everything restarted: traffic both ways after {took:?}");
+            Ok(vec![("clock-back", took.as_secs_f64() * 1000.0, "ms")])
+        })?;
+        // It was so, and this was the cure.
+        ensure!(log(node, "agent").contains("behind the last handshake"), "{}", lab.tail(node, "agent"));
+        let after = keys(&lab, "eu-west", node)?;
+        ensure!(before.iter().zip(&after).any(|(b, a)| b != a), "no key is another");
+        // Nothing else minds: it leads or follows, speaks and hears.
+        lab.wait_ready()?;
+        lab.export("eu-west", "production", "api-service")?;
+        wait_until("the name", SOON, || named(&lab, &us[0]))?;
         Ok(())
     });
 }

@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tombolo_agent::api::directory::Directory;
 use tombolo_lab::topology::{TWO, Topology};
-use tombolo_lab::{Flow, Lab, event, runs, scenario_alone, strict, wait_until};
+use tombolo_lab::{Flow, Lab, event, scenario_alone, strict, wait_until};
 
 const LIMIT: Duration = Duration::from_secs(600);
 const SOON: Duration = Duration::from_secs(30);
@@ -90,32 +90,29 @@ fn in_use(lab: &Lab, cluster: &str, nodes: &[&str], before: &BTreeMap<(String, u
 #[test]
 fn every_node_rotates_without_a_lost_packet() {
     scenario_alone("every_node_rotates_without_a_lost_packet", LIMIT, || {
-        for _ in 0..runs(1) {
-            // A node that rotated does so again in some minutes only: a new lab for each run.
-            let lab = up()?;
-            let (us, eu) = (keys(&lab, "us-east")?, keys(&lab, "eu-west")?);
-            event(&lab, &[], || {
-                let flows = flows(&lab)?;
-                std::thread::sleep(Duration::from_secs(2));
-                for node in ["us-gw1", "us-gw2", "us-w1"] {
-                    eprint!("{}", lab.tombolo(node, &["rotate", "wireguard", node])?);
-                    wait_until("the new keys in use", SOON, || in_use(&lab, "us-east", &[node], &us))?;
-                    std::thread::sleep(Duration::from_secs(1));
-                }
-                eprint!("{}", lab.tombolo("eu-gw1", &["rotate", "wireguard", "--all"])?);
-                let all = ["eu-gw1", "eu-gw2", "eu-w1"];
-                wait_until("the new keys in use", SOON, || in_use(&lab, "eu-west", &all, &eu))?;
-                std::thread::sleep(Duration::from_secs(2));
-                let (lost, _) = stop(flows, "every node rotates, then all of a cluster at once")?;
-                Ok(vec![("wireguard-rotation-lost", lost as f64, "packets")])
-            })?;
-            // Asked for once, obeyed once: a new agent does not do it again.
-            let told = keys(&lab, "us-east")?;
-            lab.kill_child("us-gw1", "agent")?;
-            lab.wait_ready()?;
-            wait_until("the agent to lead or follow", SOON, || lab.everybody_reaches_everybody())?;
-            ensure!(keys(&lab, "us-east")? == told, "a restarted agent told other keys");
-        }
+        let lab = up()?;
+        let (us, eu) = (keys(&lab, "us-east")?, keys(&lab, "eu-west")?);
+        event(&lab, &[], || {
+            let flows = flows(&lab)?;
+            std::thread::sleep(Duration::from_secs(2));
+            for node in ["us-gw1", "us-gw2", "us-w1"] {
+                eprint!("{}", lab.tombolo(node, &["rotate", "wireguard", node])?);
+                wait_until("the new keys in use", SOON, || in_use(&lab, "us-east", &[node], &us))?;
+                std::thread::sleep(Duration::from_secs(1));
+            }
+            eprint!("{}", lab.tombolo("eu-gw1", &["rotate", "wireguard", "--all"])?);
+            let all = ["eu-gw1", "eu-gw2", "eu-w1"];
+            wait_until("the new keys in use", SOON, || in_use(&lab, "eu-west", &all, &eu))?;
+            std::thread::sleep(Duration::from_secs(2));
+            let (lost, _) = stop(flows, "every node rotates, then all of a cluster at once")?;
+            Ok(vec![("wireguard-rotation-lost", lost as f64, "packets")])
+        })?;
+        // Asked for once, obeyed once: a new agent does not do it again.
+        let told = keys(&lab, "us-east")?;
+        lab.kill_child("us-gw1", "agent")?;
+        lab.wait_ready()?;
+        wait_until("the agent to lead or follow", SOON, || lab.everybody_reaches_everybody())?;
+        ensure!(keys(&lab, "us-east")? == told, "a restarted agent told other keys");
         Ok(())
     });
 }
@@ -123,24 +120,22 @@ fn every_node_rotates_without_a_lost_packet() {
 #[test]
 fn both_clusters_rotate_at_once_without_a_lost_packet() {
     scenario_alone("both_clusters_rotate_at_once_without_a_lost_packet", LIMIT, || {
-        for _ in 0..runs(1) {
-            let lab = up()?;
-            let (us, eu) = (keys(&lab, "us-east")?, keys(&lab, "eu-west")?);
-            event(&lab, &[], || {
-                let flows = flows(&lab)?;
-                std::thread::sleep(Duration::from_secs(2));
-                for node in ["us-gw1", "eu-gw1"] {
-                    lab.tombolo(node, &["rotate", "wireguard", "--all", "--wait", "0"])?;
-                }
-                wait_until("the new keys in use", SOON, || {
-                    in_use(&lab, "us-east", &["us-gw1", "us-gw2", "us-w1"], &us)?;
-                    in_use(&lab, "eu-west", &["eu-gw1", "eu-gw2", "eu-w1"], &eu)
-                })?;
-                std::thread::sleep(Duration::from_secs(8));
-                let (lost, _) = stop(flows, "both clusters rotate at once")?;
-                Ok(vec![("wireguard-rotation-both-lost", lost as f64, "packets")])
+        let lab = up()?;
+        let (us, eu) = (keys(&lab, "us-east")?, keys(&lab, "eu-west")?);
+        event(&lab, &[], || {
+            let flows = flows(&lab)?;
+            std::thread::sleep(Duration::from_secs(2));
+            for node in ["us-gw1", "eu-gw1"] {
+                lab.tombolo(node, &["rotate", "wireguard", "--all", "--wait", "0"])?;
+            }
+            wait_until("the new keys in use", SOON, || {
+                in_use(&lab, "us-east", &["us-gw1", "us-gw2", "us-w1"], &us)?;
+                in_use(&lab, "eu-west", &["eu-gw1", "eu-gw2", "eu-w1"], &eu)
             })?;
-        }
+            std::thread::sleep(Duration::from_secs(8));
+            let (lost, _) = stop(flows, "both clusters rotate at once")?;
+            Ok(vec![("wireguard-rotation-both-lost", lost as f64, "packets")])
+        })?;
         Ok(())
     });
 }
@@ -148,28 +143,26 @@ fn both_clusters_rotate_at_once_without_a_lost_packet() {
 #[test]
 fn a_worker_killed_in_the_midst_goes_on() {
     scenario_alone("a_worker_killed_in_the_midst_goes_on", LIMIT, || {
-        for _ in 0..runs(1) {
-            let lab = up()?;
-            let us = keys(&lab, "us-east")?;
-            event(&lab, &["us-gw1"], || {
-                let flows = flows(&lab)?;
-                std::thread::sleep(Duration::from_secs(2));
-                lab.tombolo("us-gw1", &["rotate", "wireguard", "us-gw1", "--wait", "0"])?;
-                // Some of its peers know by then, some do not.
-                let begun = Instant::now();
-                let mut killed = 0;
-                while begun.elapsed() < Duration::from_millis(600) {
-                    std::thread::sleep(Duration::from_millis(150));
-                    killed += kill_workers(&lab, "us-gw1")?;
-                }
-                ensure!(killed > 3, "{killed} workers were killed");
-                wait_until("the new keys in use", SOON, || in_use(&lab, "us-east", &["us-gw1"], &us))?;
-                std::thread::sleep(Duration::from_secs(5));
-                let (_, gap) = stop(flows, &format!("us-gw1 rotates, {killed} times a worker was killed"))?;
-                lab.everybody_reaches_everybody()?;
-                Ok(vec![("wireguard-rotation-killed", gap, "ms")])
-            })?;
-        }
+        let lab = up()?;
+        let us = keys(&lab, "us-east")?;
+        event(&lab, &["us-gw1"], || {
+            let flows = flows(&lab)?;
+            std::thread::sleep(Duration::from_secs(2));
+            lab.tombolo("us-gw1", &["rotate", "wireguard", "us-gw1", "--wait", "0"])?;
+            // Some of its peers know by then, some do not.
+            let begun = Instant::now();
+            let mut killed = 0;
+            while begun.elapsed() < Duration::from_millis(600) {
+                std::thread::sleep(Duration::from_millis(150));
+                killed += kill_workers(&lab, "us-gw1")?;
+            }
+            ensure!(killed > 3, "{killed} workers were killed");
+            wait_until("the new keys in use", SOON, || in_use(&lab, "us-east", &["us-gw1"], &us))?;
+            std::thread::sleep(Duration::from_secs(5));
+            let (_, gap) = stop(flows, &format!("us-gw1 rotates, {killed} times a worker was killed"))?;
+            lab.everybody_reaches_everybody()?;
+            Ok(vec![("wireguard-rotation-killed", gap, "ms")])
+        })?;
         Ok(())
     });
 }
