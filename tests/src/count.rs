@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 
 use crate::Lab;
@@ -122,8 +124,8 @@ impl Writes {
         let (notes, stop) = (seen.clone(), ended.clone());
         let thread = std::thread::spawn(move || {
             while !stop.load(Ordering::Relaxed) {
+                tree.wait();
                 tree.read(&root, &notes);
-                std::thread::sleep(Duration::from_millis(5));
             }
             tree.read(&root, &notes);
         });
@@ -168,6 +170,12 @@ impl Tree {
             }
         }
         Ok(())
+    }
+
+    /// Until there is something to read, or a moment is over.
+    fn wait(&self) {
+        let mut readable = [PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN)];
+        let _ = poll(&mut readable, PollTimeout::from(50_u8));
     }
 
     fn read(&mut self, root: &Path, seen: &Seen) {

@@ -109,6 +109,25 @@ impl Lab {
         self.place(place)?.run(|| ping(to, timeout))?
     }
 
+    /// Routes, rules and firewall of ours on a node, as text without counters.
+    ///
+    /// # Errors
+    /// If `ip` or `nft` fails.
+    pub fn kernel(&self, node: &str) -> Result<String> {
+        let place = self.place(node)?;
+        let mut text = String::new();
+        for args in [
+            &["ip", "route", "show", "table", "all", "proto", "98"][..],
+            &["ip", "-6", "route", "show", "table", "all", "proto", "98"],
+            &["ip", "rule", "show"],
+            &["ip", "-6", "rule", "show"],
+            &["nft", "-s", "list", "table", "inet", "tombolo"],
+        ] {
+            text += &place.capture(args)?;
+        }
+        Ok(text)
+    }
+
     /// TCP, UDP and ICMP, both families, from every pod to every pod of every other cluster, source kept.
     ///
     /// # Errors

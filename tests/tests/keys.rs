@@ -123,22 +123,6 @@ fn leader(lab: &Lab, cluster: &str) -> Result<String> {
     lease.value.holder.context("nobody leads")
 }
 
-/// Routes and rules of a node, and the firewall without counters.
-fn kernel(lab: &Lab, node: &str) -> Result<String> {
-    let place = lab.place(node)?;
-    let mut text = String::new();
-    for args in [
-        &["ip", "route", "show", "table", "all", "proto", "98"][..],
-        &["ip", "-6", "route", "show", "table", "all", "proto", "98"],
-        &["ip", "rule", "show"],
-        &["ip", "-6", "rule", "show"],
-        &["nft", "-s", "list", "table", "inet", "tombolo"],
-    ] {
-        text += &place.capture(args)?;
-    }
-    Ok(text)
-}
-
 /// The routes of a node to other clusters.
 fn routes(lab: &Lab, node: &str) -> Result<String> {
     let place = lab.place(node)?;
@@ -201,7 +185,7 @@ fn a_rotated_cluster_key_loses_no_packet() {
 /// Of both clusters, with a leader that dies, and twice while the broker is away.
 fn rotations(lab: &Lab) -> Result<Figures> {
     let nodes: Vec<_> = lab.topology().nodes().map(|n| n.name.clone()).collect();
-    let before: Vec<_> = nodes.iter().map(|n| kernel(lab, n)).collect::<Result<_>>()?;
+    let before: Vec<_> = nodes.iter().map(|n| lab.kernel(n)).collect::<Result<_>>()?;
     let mut figures = Figures::new();
     let flows = flows(lab)?;
     for (cluster, other, node) in [("us-east", "eu-west", "us-w1"), ("eu-west", "us-east", "eu-gw1")] {
@@ -235,7 +219,7 @@ fn rotations(lab: &Lab) -> Result<Figures> {
     ensure!(held == usize::try_from(last)? + 1, "{held} bindings");
     figures.push(("cluster-key-rotation-lost", lost(flows)? as f64, "packets"));
     for (node, before) in nodes.iter().zip(before) {
-        let after = kernel(lab, node)?;
+        let after = lab.kernel(node)?;
         ensure!(after == before, "{node} changed:\n{before}\nto\n{after}");
     }
     let status = in_cluster(lab, "eu-gw2", &["status", "-o", "json"], "")?;

@@ -55,22 +55,6 @@ fn missing(flows: Vec<Flow>) -> Result<(f64, f64)> {
     Ok((packets as f64, answers as f64))
 }
 
-/// Routes, rules, peers and firewall of a node, as text without counters.
-fn kernel(lab: &Lab, node: &str) -> Result<String> {
-    let place = lab.place(node)?;
-    let mut text = String::new();
-    for args in [
-        &["ip", "route", "show", "table", "all", "proto", "98"][..],
-        &["ip", "-6", "route", "show", "table", "all", "proto", "98"],
-        &["ip", "rule", "show"],
-        &["ip", "-6", "rule", "show"],
-        &["nft", "-s", "list", "table", "inet", "tombolo"],
-    ] {
-        text += &place.capture(args)?;
-    }
-    Ok(text)
-}
-
 /// Where nothing changes, nothing is done: not to the kernel, and not to the clusters' APIs but to renew the Leases.
 #[test]
 fn a_quiet_set_changes_nothing() {
@@ -253,7 +237,7 @@ fn an_agent_killed_ten_times_loses_nothing() {
 /// How many changes of links, addresses, routes, rules and nftables the agent makes that comes back.
 fn kill_agent(lab: &Lab, node: &str) -> Result<usize> {
     let before = lab.child_pid(node, "agent")?;
-    let state = kernel(lab, node)?;
+    let state = lab.kernel(node)?;
     let others: Vec<_> = lab.topology().nodes().map(|n| n.name.as_str()).filter(|n| *n != node).collect();
     let watch = Netlink::watch(lab, &others)?;
     lab.kill_child(node, "agent")?;
@@ -266,7 +250,7 @@ fn kill_agent(lab: &Lab, node: &str) -> Result<usize> {
     if !changes.is_empty() {
         eprintln!("the restarted agent of {node} changed: {changes:#?}");
     }
-    let after = kernel(lab, node)?;
+    let after = lab.kernel(node)?;
     ensure!(after == state, "{node} changed:\n{state}\nto\n{after}");
     Ok(changes.len())
 }
@@ -276,7 +260,7 @@ fn stopped() -> Duration {
 }
 
 fn kernels(lab: &Lab) -> Result<Vec<(String, String)>> {
-    lab.topology().nodes().map(|n| Ok((n.name.clone(), kernel(lab, &n.name)?))).collect()
+    lab.topology().nodes().map(|n| Ok((n.name.clone(), lab.kernel(&n.name)?))).collect()
 }
 
 fn unchanged(before: &[(String, String)], after: &[(String, String)]) -> Result<()> {

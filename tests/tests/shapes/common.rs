@@ -154,17 +154,7 @@ pub fn slots(lab: &Lab, node: &str, prefix: &str) -> Result<Vec<String>> {
 
 /// Routes, rules, peers with what they may send, and firewall of a node, as text without counters.
 pub fn kernel(lab: &Lab, node: &str) -> Result<String> {
-    let place = lab.place(node)?;
-    let mut text = String::new();
-    for args in [
-        &["ip", "route", "show", "table", "all", "proto", "98"][..],
-        &["ip", "-6", "route", "show", "table", "all", "proto", "98"],
-        &["ip", "rule", "show"],
-        &["ip", "-6", "rule", "show"],
-        &["nft", "-s", "list", "table", "inet", "tombolo"],
-    ] {
-        text += &place.capture(args)?;
-    }
+    let mut text = lab.kernel(node)?;
     for (device, peers) in peers(node)? {
         writeln!(text, "{device}")?;
         for (key, allowed) in peers {

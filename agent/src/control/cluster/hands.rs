@@ -52,17 +52,49 @@ pub(super) async fn run(hands: Hands, stop: CancellationToken) -> Result<()> {
     tokio::try_join!(members, services).map(drop)
 }
 
+/// What both works wait for.
+struct News {
+    observed: watch::Receiver<Arc<Observed>>,
+    changed: watch::Receiver<u64>,
+    said: watch::Receiver<Option<Arc<Said>>>,
+}
+
+impl News {
+    fn of(hands: &Hands) -> Self {
+        Self { observed: hands.api.observe(), changed: hands.shared.changed(), said: hands.said.clone() }
+    }
+
+    /// What the cluster's API holds now, and whether the cluster speaks as a member.
+    fn take(&mut self) -> (Arc<Observed>, bool) {
+        self.changed.borrow_and_update();
+        let member = self.said.borrow_and_update().is_some();
+        (self.observed.borrow_and_update().clone(), member)
+    }
+
+    /// Until there is something new, or `most` is over; several at once are one. False: to stop.
+    async fn wait(&mut self, most: Duration, stop: &CancellationToken) -> Result<bool> {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(false),
+            result = self.observed.changed() => result.context("the cluster's API ended")?,
+            result = self.changed.changed() => result.context("the sessions ended")?,
+            result = self.said.changed() => result.context("the voice ended")?,
+            () = tokio::time::sleep(most) => {}
+        }
+        tokio::select! {
+            () = stop.cancelled() => Ok(false),
+            () = tokio::time::sleep(DEBOUNCE) => Ok(true),
+        }
+    }
+}
+
 /// Keeps what was verified of every cluster.
 async fn members(hands: &Hands, stop: &CancellationToken) -> Result<()> {
     let mut keeper = Keeper::new(hands.api.clone(), hands.shared.clone(), hands.cluster.clone());
-    let mut observed = hands.api.observe();
-    let mut changed = hands.shared.changed();
-    let mut said = hands.said.clone();
+    let mut news = News::of(hands);
     let start = Instant::now();
     loop {
-        changed.borrow_and_update();
-        let member = said.borrow_and_update().is_some();
-        let now = observed.borrow_and_update().clone();
+        let (now, member) = news.take();
         let mut wait = RESYNC;
         if let (Some(members), Some(nodes)) = (now.members.get(), now.member_nodes.get())
             && member
@@ -74,44 +106,22 @@ async fn members(hands: &Hands, stop: &CancellationToken) -> Result<()> {
             }
             wait = told(writes, wait);
         }
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => return Ok(()),
-            result = observed.changed() => result.context("the cluster's API ended")?,
-            result = changed.changed() => result.context("the sessions ended")?,
-            result = said.changed() => result.context("the voice ended")?,
-            () = tokio::time::sleep(wait) => {}
-        }
-        tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            () = tokio::time::sleep(DEBOUNCE) => {}
+        if !news.wait(wait, stop).await? {
+            return Ok(());
         }
     }
 }
 
 /// Writes imports, slices and statuses.
 async fn services(hands: &Hands, stop: &CancellationToken) -> Result<()> {
-    let mut observed = hands.api.observe();
-    let mut changed = hands.shared.changed();
-    let mut said = hands.said.clone();
+    let mut news = News::of(hands);
     let now = Instant::now();
     let mut work = Work { hands: hands.clone(), start: now, desk: None, scrubbed: now };
     loop {
-        changed.borrow_and_update();
-        said.borrow_and_update();
-        let now = observed.borrow_and_update().clone();
+        let (now, _) = news.take();
         let wait = work.round(&now).await?;
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => return Ok(()),
-            result = observed.changed() => result.context("the cluster's API ended")?,
-            result = changed.changed() => result.context("the sessions ended")?,
-            result = said.changed() => result.context("the voice ended")?,
-            () = tokio::time::sleep(wait) => {}
-        }
-        tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            () = tokio::time::sleep(DEBOUNCE) => {}
+        if !news.wait(wait, stop).await? {
+            return Ok(());
         }
     }
 }
