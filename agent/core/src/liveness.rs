@@ -250,6 +250,8 @@ impl Peer {
         let Some((_, sent)) = self.outstanding.drain(..=place).next_back() else { return false };
         let took = now.saturating_sub(sent);
         self.round_trip = Some(match self.round_trip {
+            // Half of what was thought: that had waited for something else, such as the tunnel's handshake.
+            Some((rtt, _)) if took < rtt / 2 => (took, took / 2),
             None => (took, took / 2),
             Some((rtt, varies)) => ((rtt * 7 + took) / 8, (varies * 3 + rtt.abs_diff(took)) / 4),
         });

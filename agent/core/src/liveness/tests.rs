@@ -299,6 +299,30 @@ fn slow_is_not_dead() {
 }
 
 #[test]
+fn an_answer_that_waited_for_the_handshake_makes_nobody_patient() {
+    let mut world = World::new(7);
+    world.round_trip = ms(900);
+    world.until(PeerHealth::Alive);
+    world.round_trip = ms(2);
+    world.run(ms(2000));
+    world.out = false;
+    world.home = false;
+    let took = world.until(PeerHealth::Dead);
+    assert!(took < ms(800), "{took:?}");
+}
+
+#[test]
+fn answers_of_very_different_speed_kill_nobody() {
+    let mut world = World::new(8);
+    world.until(PeerHealth::Alive);
+    for round in 0..600 {
+        world.round_trip = ms(if round % 3 == 0 { 300 } else { 3 });
+        world.run(ms(100));
+    }
+    assert_eq!(world.changes.len(), 1, "{:?}", world.changes);
+}
+
+#[test]
 fn what_a_predecessor_knew_stays() {
     let mut liveness = Liveness::new(1);
     liveness.handle_peers(ms(0), &BTreeSet::from([id(1), id(2)]));
