@@ -131,6 +131,7 @@ pub async fn serve(address: SocketAddr, shown: Arc<Shown>, stop: CancellationTok
             get(async |State(s): State<Arc<Shown>>| planned(&s, |p: &Planned| format!("{:#?}\n", p.desired))),
         )
         .route("/debug/findings", get(findings))
+        .route("/debug/health", get(health))
         .with_state(shown);
     let listener = tokio::net::TcpListener::bind(address).await.with_context(|| {
         format!("cannot listen on {address} for the admin pages; choose another with --admin")
@@ -177,6 +178,15 @@ async fn metrics(State(shown): State<Arc<Shown>>) -> impl IntoResponse {
         Err(error) => {
             (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], error.to_string())
         }
+    }
+}
+
+/// What this node found out of its peers: `tombolo explain` plans with it.
+async fn health(State(shown): State<Arc<Shown>>) -> impl IntoResponse {
+    let planned = shown.planned.load();
+    match serde_json::to_string(&planned.as_ref().map(|planned| &planned.world.health)) {
+        Ok(text) => (StatusCode::OK, text),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
     }
 }
 

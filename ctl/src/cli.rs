@@ -337,6 +337,8 @@ pub(crate) struct Explain {
     /// This node's name, as in its Node object. Default: the node whose addresses are this machine's.
     #[arg(long, env = "TOMBOLO_NODE", value_name = "NAME")]
     pub(crate) node: Option<NodeName>,
+    #[command(flatten)]
+    pub(crate) agent: AgentArgs,
 }
 
 /// Types of records that names here have.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde::{Deserialize, Serialize};
 use tombolo_proto::model::{Backends, ClusterId, Endpoint, Export, Namespace, NodeName, Position, Prefix};
 use tombolo_proto::trust;
 
@@ -76,7 +77,7 @@ pub struct MemberNodes {
 }
 
 /// What liveness and hellos say; what is not in here is not known to be bad.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Health {
     /// Peers of this node that answered once and do not now.
     pub dead: BTreeSet<PeerId>,

@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tombolo_agent_core::world::Health;
 
 use crate::output::plain;
 
@@ -52,6 +53,16 @@ pub(super) fn findings(admin: SocketAddr) -> io::Result<Vec<Finding>> {
     }
     serde_json::from_str(&body)
         .map_err(|_| io::Error::other("its findings cannot be read; is it another version?"))
+}
+
+/// What the agent found out of its peers; None before its first plan.
+pub(super) fn health(admin: SocketAddr) -> io::Result<Option<Health>> {
+    let (status, body) = get(admin, "/debug/health")?;
+    if status != 200 {
+        return Err(io::Error::other(format!("/debug/health answers {status}")));
+    }
+    serde_json::from_str(&body)
+        .map_err(|_| io::Error::other("its health cannot be read; is it another version?"))
 }
 
 /// Whether the agent is ready, and what is not.

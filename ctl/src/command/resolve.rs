@@ -58,7 +58,7 @@ pub(super) fn resolve(printer: &Printer, args: &Resolve) -> Result<ExitCode> {
     // As the agent answers. Of a cluster that is no member, or whose membership is damaged, as it would.
     // What this machine's node cannot reach it does not answer with; on another machine everything counts as reached.
     let (underlay, node) = explain::this_machine(&observed).unwrap_or_default();
-    let here = Here::of(observed.clone(), node.as_ref(), &underlay);
+    let here = Here::of(observed.clone(), node.as_ref(), &underlay, None);
     let planned = here.as_ref().ok().and_then(|here| here.desired.zone.get().cloned());
     let zone = planned.unwrap_or_else(|| Zone::build(imports, slices));
     let mut records = Vec::new();

@@ -1,10 +1,12 @@
 //! Topology `mesh`: nodes to nodes, and over the gateways where that does not carry.
 
+use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use tombolo_lab::fault::Fault;
-use tombolo_lab::{Lab, measured, scenario_alone, strict, wait_until};
+use tombolo_lab::{Lab, measured, program, scenario_alone, strict, wait_until};
 
 use super::common::{SOON, Shape, bytes, since, slots, up};
 
@@ -22,6 +24,19 @@ fn sent(lab: &Lab, place: &str) -> Result<u64> {
 fn on(lab: &Lab, node: &str, prefix: &str, wanted: &[&str]) -> Result<()> {
     let slots = slots(lab, node, prefix)?;
     ensure!(slots == wanted, "{node} has {slots:?} towards {prefix}");
+    Ok(())
+}
+
+/// What `tombolo explain` on eu-w1 tells of the peers on the way to a pod.
+fn peer(lab: &Lab, pod: Ipv4Addr, outcome: &str, say: &str) -> Result<()> {
+    let words = ["explain", "-o", "json", &format!("{pod}:8080")];
+    let output = lab.command("eu-w1", &program::tombolo(&words)?)?.output()?;
+    let told: Value = serde_json::from_slice(&output.stdout)
+        .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+    let steps = told["steps"].as_array().context("steps")?;
+    let step = steps.iter().find(|step| step["step"] == "peer").with_context(|| format!("{told:#}"))?;
+    let said = step["message"].as_str().unwrap_or_default();
+    ensure!(step["outcome"] == outcome && said.contains(say), "{told:#}");
     Ok(())
 }
 
@@ -51,6 +66,7 @@ fn meshed_nodes_need_no_gateway() {
         super::common::every_node_reaches_every_other(&lab)?;
 
         let us = lab.topology().pod("us-p1")?;
+        wait_until("explain to know of the direct way", SOON, || peer(&lab, us.v4, "ok", "us/us-w1 at "))?;
         let flows = || -> Result<_> {
             Ok([
                 lab.udp_flow("eu-p1", us.v4.into(), 500)?,
@@ -85,6 +101,9 @@ fn meshed_nodes_need_no_gateway() {
             worst = worst.max(report.largest_gap_ms);
         }
         measured("mesh-falls-back", worst, "ms")?;
+        wait_until("explain to miss the direct way", SOON, || {
+            peer(&lab, us.v4, "warning", "silent: us/us-w1 by tombolo0, which would be direct")
+        })?;
         lab.reaches("eu-p1", lab.topology().pod("eu-p1")?.v4.into(), us.v4.into())?;
 
         // And back, without a loss.

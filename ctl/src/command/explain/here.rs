@@ -29,11 +29,12 @@ pub(in crate::command) struct Here {
 }
 
 impl Here {
-    /// Plans as the agent of `node` does.
+    /// Plans as the agent of `node` does. `found`: what that agent found out of its peers, if it could be asked.
     pub(in crate::command) fn of(
         observed: Observed,
         node: Option<&NodeName>,
         underlay: &Underlay,
+        found: Option<Health>,
     ) -> Result<Self> {
         let set = match &observed.clusterset {
             Known::Yes(Some(set)) => set.clone(),
@@ -50,10 +51,12 @@ impl Here {
             None => NodeName::new("localhost").context("a node's name")?,
         };
         let (mut world, _) = Node::world(&node, &observed, underlay, &members).context("it is no member")?;
+        let asked = found.is_some();
+        world.health = found.unwrap_or_default();
         let (mut desired, _) = plan::node(&world);
         let told = observed.tunnel_nodes.get().and_then(|nodes| nodes.get(&node));
         let unreached = told.map(|told| told.unreached.clone()).unwrap_or_default();
-        if let Some(devices) = desired.devices.get().filter(|_| !unreached.is_empty()) {
+        if let Some(devices) = desired.devices.get().filter(|_| !asked && !unreached.is_empty()) {
             world.health = health(&world, devices, &unreached);
             (desired, _) = plan::node(&world);
         }

@@ -19,7 +19,7 @@ use tombolo_proto::model::NodeName;
 use self::here::Here;
 use self::kernel::Machine;
 use self::walk::{From, Outcome, Step, To};
-use super::{check, resolve};
+use super::{admin, check, resolve};
 use crate::cli::Explain;
 use crate::output::{Printer, Verdict};
 
@@ -46,7 +46,12 @@ pub(super) fn explain(printer: &Printer, args: &Explain) -> Result<ExitCode> {
         None => this_node(&observed, &underlay)?,
     };
     let from = from_text.as_deref().map_or(Ok(From::Here), |text| parse_from(text, &node))?;
-    let here = Here::of(observed, Some(&node), &underlay)
+    // Of another node, or without an agent, it is planned as if nothing were known to be bad.
+    let found = match &args.node {
+        Some(_) => None,
+        None => admin::health(args.agent.admin).ok().flatten(),
+    };
+    let here = Here::of(observed, Some(&node), &underlay, found)
         .with_context(|| format!("{} cannot be explained", args.cluster.cluster_dir.display()))?;
     let machine = Machine::new(runtime);
     let steps = walk::walk(&here, &machine, &from, &to, &check::dropping());

@@ -223,6 +223,10 @@ impl Walk<'_> {
             }
         }
         let outer = slots.iter().all(|n| n.family() == DeviceFamily::Out);
+        // A meshed node's own tunnel to the node that has the pod, where it does not carry.
+        for (node, number) in self.unused(goal, slots) {
+            bad.push(format!("{node} by {number}, which would be direct"));
+        }
         let open = "does UDP 4510 to 4522 pass between the two nodes, both ways (clouds' firewalls, NAT)? do agent and \
                     tombolo-wireguard run there? tombolo status shows the addresses that are tried";
         let Some(answering) = answering else {
@@ -279,6 +283,18 @@ impl Walk<'_> {
         };
         self.peers_are(text, bad.is_empty() && all, open);
         Ok(*far)
+    }
+
+    /// Meshed nodes that have the pod and to whom this node has a tunnel that no packet takes.
+    fn unused(&self, goal: Goal, slots: &BTreeSet<DeviceNumber>) -> Vec<(String, DeviceNumber)> {
+        let devices = self.here.desired.devices.get().into_iter().flatten();
+        let plain = devices.filter(|(number, _)| {
+            number.family() == DeviceFamily::Out && !number.rank().is_gateway() && !slots.contains(number)
+        });
+        let has = plain.flat_map(|(number, device)| device.peers.values().map(move |peer| (number, peer)));
+        has.filter(|(_, peer)| peer.allowed.iter().any(|p| p.contains(goal.address)))
+            .map(|(number, peer)| (peer.node.to_string(), *number))
+            .collect()
     }
 
     fn peers_are(&mut self, text: String, all: bool, cure: &str) {
