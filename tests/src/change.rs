@@ -28,9 +28,18 @@ impl Lab {
         for cluster in &topology.clusters {
             let Some(old) = before.clusters.iter().find(|old| old.id == cluster.id) else {
                 self.add_cluster(cluster)?;
+                self.finish_planes(std::slice::from_ref(cluster))?;
                 self.serve(cluster, |_| true)?;
                 continue;
             };
+            if cluster.kubernetes().is_some() {
+                ensure!(
+                    cluster.nodes.len() == old.nodes.len(),
+                    "cluster {} of api: kubernetes cannot grow",
+                    cluster.id
+                );
+                continue;
+            }
             let is_new = |name: &str| !old.nodes.iter().any(|n| n.name == name);
             for node in cluster.nodes.iter().filter(|n| is_new(&n.name)) {
                 self.add_node(cluster, node)?;

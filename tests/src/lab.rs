@@ -15,10 +15,15 @@ use nix::unistd::Pid;
 use crate::capture::Capture;
 use crate::directory;
 use crate::fault::{Fault, Faults};
+use crate::kubernetes;
 use crate::place::{Mounts, Place, log_dir};
 use crate::program;
 use crate::sandbox::{ROOT, Sandbox};
-use crate::topology::{Cluster, Forward, NAMESERVER, Node, Pod, Topology};
+use crate::topology::{Api, CLUSTER_DNS, Cluster, ControlPlane, Forward, NAMESERVER, Node, Pod, Topology};
+
+/// The resolv.conf of places that ask a directory's agents, and of those that ask a cluster's DNS.
+const DIRECTORY_RESOLV: &str = "resolv.conf";
+const KUBERNETES_RESOLV: &str = "resolv-kubernetes.conf";
 
 /// A running lab. Dropping it ends its processes; its namespaces end with the sandbox.
 #[derive(Debug)]
@@ -63,7 +68,11 @@ impl Lab {
         std::fs::write(etc.join("nsswitch.conf"), "passwd: files\ngroup: files\nhosts: files dns\n")?;
         std::fs::write(etc.join("hosts"), "127.0.0.1 localhost\n::1 localhost\n")?;
         let resolv = format!("nameserver {NAMESERVER}\noptions timeout:1 attempts:3\n");
-        std::fs::write(etc.join("resolv.conf"), resolv)?;
+        std::fs::write(etc.join(DIRECTORY_RESOLV), resolv)?;
+        // As a kubelet writes it.
+        let search = "search default.svc.cluster.local svc.cluster.local cluster.local\n";
+        let resolv = format!("nameserver {CLUSTER_DNS}\n{search}options ndots:5 timeout:1 attempts:3\n");
+        std::fs::write(etc.join(KUBERNETES_RESOLV), resolv)?;
         let wire = Place::create("wire", &Mounts::default())?;
         forwarding(&wire)?;
         let mut lab = Self {
@@ -80,6 +89,7 @@ impl Lab {
         for cluster in &topology.clusters {
             lab.add_cluster(cluster)?;
         }
+        lab.finish_planes(&topology.clusters)?;
         for pod in topology.pods() {
             lab.start(&pod.name, "serve", &program::serve(&pod.name)?)?;
         }
@@ -117,7 +127,8 @@ impl Lab {
         self.places.get(name).with_context(|| format!("there is no node, pod or broker named {name}"))
     }
 
-    /// The directory that is the cluster's API, as seen from here (`/run/lab/cluster` on the cluster's nodes).
+    /// The directory that is the cluster's API, as seen from here (`/run/lab/cluster` on the cluster's nodes), or of its
+    /// control plane (`/run/lab/cluster` there).
     #[must_use]
     pub fn cluster_dir(&self, cluster: &str) -> PathBuf {
         Path::new(ROOT).join("cluster").join(cluster)
@@ -346,7 +357,7 @@ impl Lab {
     }
 
     fn add_broker(&mut self, broker: &crate::topology::Broker) -> Result<()> {
-        let place = Place::create(&broker.name, &mounts(&broker.name, None)?)?;
+        let place = Place::create(&broker.name, &mounts(&broker.name, DIRECTORY_RESOLV, None)?)?;
         let (v4, v6, link) = (broker.v4, broker.v6, format!("b{}", broker.v4.octets()[3]));
         self.wire.ip(&format!(
             "link add {link} type veth peer name eth0 netns {}\n\
@@ -370,7 +381,9 @@ impl Lab {
 
     pub(crate) fn add_cluster(&mut self, cluster: &Cluster) -> Result<()> {
         crate::fault::disk::make(&self.cluster_dir(&cluster.id))?;
-        directory::write(&self.cluster_dir(&cluster.id), cluster)?;
+        if matches!(cluster.api, Api::Directory) {
+            directory::write(&self.cluster_dir(&cluster.id), cluster)?;
+        }
         let lan = Place::create(&format!("lan-{}", cluster.id), &Mounts::default())?;
         let link = format!("c{}", cluster.index);
         lan.ip("link add br0 type bridge\nlink set br0 up\n")?;
@@ -386,11 +399,38 @@ impl Lab {
         for node in &cluster.nodes {
             self.add_node(cluster, node)?;
         }
-        Ok(())
+        cluster.kubernetes().map_or(Ok(()), |control| self.add_plane(cluster, control))
+    }
+
+    /// The place of a control plane and the pod of its DNS; starts what takes longest.
+    fn add_plane(&mut self, cluster: &Cluster, control: &ControlPlane) -> Result<()> {
+        let mounts_of = mounts(&control.place, DIRECTORY_RESOLV, Some(&self.cluster_dir(&cluster.id)))?;
+        let place = Place::create(&control.place, &mounts_of)?;
+        self.lan(&cluster.id)?.ip(&format!(
+            "link add api type veth peer name eth0 netns {}\nlink set api master br0 up\n",
+            place.path()
+        ))?;
+        place.ip(&format!(
+            "link set eth0 up\naddr add {}/24 dev eth0\naddr add {}/64 dev eth0 nodad\n\
+             route add default via {}\n-6 route add default via {}\n",
+            control.v4, control.v6, cluster.router4, cluster.router6
+        ))?;
+        self.places.insert(control.place.clone(), place);
+        let node =
+            cluster.nodes.iter().find(|n| n.name == control.dns.node).context("the node of the DNS pod")?;
+        let pod = add_pod(node, &control.dns, self.place(&node.name)?, DIRECTORY_RESOLV)?;
+        self.places.insert(control.dns.name.clone(), pod);
+        self.start_plane(cluster, control)
     }
 
     pub(crate) fn add_node(&mut self, cluster: &Cluster, node: &Node) -> Result<()> {
-        let place = Place::create(&node.name, &mounts(&node.name, Some(&self.cluster_dir(&cluster.id)))?)?;
+        let directory = self.cluster_dir(&cluster.id);
+        let (resolv, directory) = match cluster.api {
+            Api::Directory => (DIRECTORY_RESOLV, Some(&*directory)),
+            // The control plane's directory has its keys.
+            Api::Kubernetes(_) => (KUBERNETES_RESOLV, None),
+        };
+        let place = Place::create(&node.name, &mounts(&node.name, resolv, directory)?)?;
         forwarding(&place)?;
         let link = format!("n{}", node.number);
         self.lan(&cluster.id)?.ip(&format!(
@@ -399,18 +439,30 @@ impl Lab {
         ))?;
         let mut batch = format!(
             "link set eth0 up\naddr add {}/24 dev eth0\naddr add {}/64 dev eth0 nodad\n\
-             route add default via {}\n-6 route add default via {}\n\
-             link add cni0 type bridge\naddr add {}/24 dev cni0\naddr add {}/64 dev cni0 nodad\nlink set cni0 up\n",
-            node.v4, node.v6, cluster.router4, cluster.router6, node.cni4, node.cni6
+             route add default via {}\n-6 route add default via {}\n",
+            node.v4, node.v6, cluster.router4, cluster.router6
         );
+        if !node.kwok {
+            let _ = write!(
+                batch,
+                "link add cni0 type bridge\naddr add {}/24 dev cni0\naddr add {}/64 dev cni0 nodad\nlink set cni0 up\n",
+                node.cni4, node.cni6
+            );
+        }
         for other in cluster.nodes.iter().filter(|other| other.number != node.number) {
             let _ = writeln!(batch, "route add {} via {}", other.pods4, other.v4);
             let _ = writeln!(batch, "-6 route add {} via {}", other.pods6, other.v6);
         }
         place.ip(&batch)?;
         place.nft(&cni(cluster))?;
+        if node.kwok {
+            let name = kubernetes::kwok::name(node);
+            let simulated = Place::create(&name, &mounts(&name, resolv, None)?)?;
+            kubernetes::kwok::wire(&simulated, node, &place)?;
+            self.places.insert(name, simulated);
+        }
         for pod in &node.pods {
-            let pod_place = add_pod(node, pod, &place)?;
+            let pod_place = add_pod(node, pod, &place, resolv)?;
             self.places.insert(pod.name.clone(), pod_place);
         }
         self.places.insert(node.name.clone(), place);
@@ -454,8 +506,8 @@ fn forwarding(place: &Place) -> Result<()> {
     place.sysctl(&[("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")])
 }
 
-fn add_pod(node: &Node, pod: &Pod, on: &Place) -> Result<Place> {
-    let place = Place::create(&pod.name, &mounts(&pod.name, None)?)?;
+fn add_pod(node: &Node, pod: &Pod, on: &Place, resolv: &str) -> Result<Place> {
+    let place = Place::create(&pod.name, &mounts(&pod.name, resolv, None)?)?;
     let link = format!("p{}", pod.v4.octets()[3]);
     // Hairpin as the kubelet sets it: a pod may be its own backend.
     on.ip(&format!(
@@ -472,7 +524,7 @@ fn add_pod(node: &Node, pod: &Pod, on: &Place) -> Result<Place> {
 }
 
 /// A place's own /run, with its private state and, on a node, the cluster's directory.
-fn mounts(name: &str, cluster: Option<&Path>) -> Result<Mounts> {
+fn mounts(name: &str, resolv: &str, cluster: Option<&Path>) -> Result<Mounts> {
     let run = Path::new(ROOT).join("node").join(name).join("run");
     for dir in ["lab/state", "lab/cluster", "tombolo/devices", "wireguard"] {
         std::fs::create_dir_all(run.join(dir))?;
@@ -484,7 +536,8 @@ fn mounts(name: &str, cluster: Option<&Path>) -> Result<Mounts> {
         nix::mount::mount(Some(cluster), &run.join("lab/cluster"), none, flags, none)?;
     }
     let etc = Path::new(ROOT).join("etc");
-    let files = ["resolv.conf", "nsswitch.conf", "hosts"].map(|f| (etc.join(f), Path::new("/etc").join(f)));
+    let files = [(resolv, "resolv.conf"), ("nsswitch.conf", "nsswitch.conf"), ("hosts", "hosts")];
+    let files = files.map(|(ours, theirs)| (etc.join(ours), Path::new("/etc").join(theirs)));
     Ok(Mounts { run: Some(run), files: files.into() })
 }
 

@@ -16,6 +16,8 @@ pub mod directory;
 pub mod fault;
 pub mod fetch;
 pub mod foreign;
+pub mod hello;
+pub mod kubernetes;
 mod lab;
 pub mod machine;
 pub mod measure;
@@ -34,6 +36,6 @@ pub mod topology;
 
 pub use lab::{Lab, Running, host, wait_until};
 pub use pod::Flow;
-pub use scenario::{scenario, scenario_alone};
+pub use scenario::{scenario, scenario_alone, scenario_kubernetes};
 pub use scorecard::{event, measured, runs, strict};
 pub use topology::Topology;

@@ -12,10 +12,11 @@ use clap::{Args, Parser, Subcommand};
 use tombolo_lab::control::{self, Action, Request, Status};
 use tombolo_lab::fault::Fault;
 use tombolo_lab::fetch::{Family, fetch};
+use tombolo_lab::hello::hello;
 use tombolo_lab::probe::{PROBE_LEN, Pace, Question, Report, Stop, dns, ping, tcp, udp};
 use tombolo_lab::sandbox::{self, Sandbox};
 use tombolo_lab::serve::serve;
-use tombolo_lab::topology::{DEMO, TWO};
+use tombolo_lab::topology::{DEMO, KUBERNETES, TWO};
 use tombolo_lab::{Lab, Topology, demo, measure, program, scorecard};
 
 /// Clusters, nodes and pods as namespaces of this machine, with the real programs inside.
@@ -64,7 +65,7 @@ enum Command {
     },
     /// Build a lab and keep it until ^C or `down`
     Up {
-        /// A topology file, or the name of a built-in topology: two, demo.
+        /// A topology file, or the name of a built-in topology: two, demo, kubernetes.
         #[arg(default_value = "demo")]
         topology: String,
         /// The lab's name, if not the topology's.
@@ -115,6 +116,12 @@ enum Command {
         name: String,
         /// HTTP port.
         #[arg(long, default_value_t = 8080)]
+        port: u16,
+    },
+    /// Tell whoever connects which address it reached, as the conformance suite's pods do
+    Hello {
+        /// Port, TCP and UDP.
+        #[arg(long, default_value_t = 42)]
         port: u16,
     },
     /// Fetch http://HOST:PORT/PATH, or ask udp://HOST:PORT which address it sees
@@ -347,6 +354,7 @@ fn topology(name: &str) -> Result<Topology> {
     match name {
         "two" => Topology::parse(TWO),
         "demo" => Topology::parse(DEMO),
+        "kubernetes" => Topology::parse(KUBERNETES),
         file => {
             let text = std::fs::read_to_string(file).with_context(|| {
                 format!("{file} is neither a built-in topology (two, demo) nor a readable file")
@@ -492,6 +500,7 @@ fn run(command: Command) -> Result<ExitCode> {
             control::ask(&control::connect(lab.name.as_deref())?, &Request::Down)?;
         }
         Command::Serve { name, port } => serve(&name, port)?,
+        Command::Hello { port } => hello(port)?,
         Command::Fetch { url, v4, v6, timeout, json } => {
             let family = if v4 {
                 Family::V4

@@ -175,7 +175,7 @@ impl Lab {
 }
 
 /// Runs a command with this input; what it printed.
-fn run(mut command: Command, input: &str) -> Result<String> {
+pub(crate) fn run(mut command: Command, input: &str) -> Result<String> {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
         // Who does not read it says so by its exit code.

@@ -1,11 +1,13 @@
 //! How a test gets its own lab.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::sync::{PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::kubernetes;
 use crate::sandbox::Sandbox;
 use crate::scorecard::runs;
 
@@ -30,6 +32,21 @@ pub fn scenario(name: &str, within: Duration, body: impl FnOnce() -> Result<()>)
 pub fn scenario_alone(name: &str, within: Duration, body: impl FnOnce() -> Result<()>) {
     let _alone = (!Sandbox::inside()).then(|| MACHINE.write().unwrap_or_else(PoisonError::into_inner));
     run(name, within, body);
+}
+
+/// The same as [`scenario`] for a lab of `api: kubernetes`: where its programs are not there it says so, past the test
+/// runner, and fails if `CI` is set.
+///
+/// # Panics
+/// As [`scenario`].
+pub fn scenario_kubernetes(name: &str, within: Duration, body: impl FnOnce() -> Result<()>) {
+    if let Some(why) = kubernetes::missing() {
+        assert!(std::env::var_os("CI").is_none(), "{name}: {why}");
+        let _ = writeln!(std::io::stderr(), "\n{name} DID NOT RUN: {why}\n");
+        return;
+    }
+    // Control planes take what two cores have: one lab at a time.
+    scenario_alone(name, within, body);
 }
 
 fn run(name: &str, within: Duration, body: impl FnOnce() -> Result<()>) {

@@ -11,12 +11,20 @@ use anyhow::{Context, Result, bail, ensure};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
+mod api;
+
+pub use api::{Api, CLUSTER_DNS, ControlPlane, Proxy, SERVICES4, SERVICES6};
+
+use api::ApiFile;
+
 /// The built-in topology of the end-to-end tests: two gateways and a worker a side.
 pub const TWO: &str = include_str!("../topologies/two.yaml");
 /// The built-in topology of the demo: one gateway and one worker a side.
 pub const DEMO: &str = include_str!("../topologies/demo.yaml");
+/// The built-in topology of real control planes: a gateway and a worker a side.
+pub const KUBERNETES: &str = include_str!("../topologies/kubernetes.yaml");
 
-/// Where pods ask for names: the clusterset range's first address.
+/// Where pods of a directory ask for names: the clusterset range's first address.
 pub const NAMESERVER: Ipv4Addr = Ipv4Addr::new(198, 19, 0, 1);
 
 /// A topology file that was read and found possible.
@@ -101,6 +109,8 @@ pub struct Cluster {
     pub mesh: bool,
     /// Policy of the CNI's FORWARD chain.
     pub forward: Forward,
+    /// What serves its API.
+    pub api: Api,
     /// The nodes.
     pub nodes: Vec<Node>,
     /// The services whose manifests the lab writes.
@@ -118,6 +128,9 @@ pub struct Node {
     pub number: u8,
     /// Labelled as a gateway.
     pub gateway: bool,
+    /// Its pods are not the lab's but those that the scheduler sends there: kwok runs them, all in one place, `kwok-NODE`,
+    /// to which the node's whole pod range belongs.
+    pub kwok: bool,
     /// Underlay address.
     pub v4: Ipv4Addr,
     /// Underlay address.
@@ -282,6 +295,9 @@ struct ClusterFile {
     topology: Tunnels,
     #[serde(default)]
     forward: Forward,
+    #[serde(default)]
+    api: ApiFile,
+    proxy: Option<Proxy>,
     nodes: Vec<NodeFile>,
     #[serde(default)]
     services: Vec<Service>,
@@ -302,6 +318,8 @@ struct NodeFile {
     name: String,
     #[serde(default)]
     gateway: bool,
+    #[serde(default)]
+    kwok: bool,
     #[serde(default)]
     pods: Vec<PodFile>,
 }
@@ -355,8 +373,15 @@ impl File {
         let mut clusters = Vec::new();
         for (index, cluster) in (1u8..).zip(self.clusters) {
             unique("cluster", &cluster.id)?;
+            if cluster.api == ApiFile::Kubernetes {
+                unique("the place of the API", &format!("api-{}", cluster.id))?;
+                unique("the DNS pod", &format!("dns-{}", cluster.id))?;
+            }
             for node in &cluster.nodes {
                 unique("node", &node.name)?;
+                if node.kwok {
+                    unique("the place of kwok", &format!("kwok-{}", node.name))?;
+                }
                 for pod in &node.pods {
                     unique("pod", &pod.name)?;
                 }
@@ -370,12 +395,17 @@ impl File {
 }
 
 fn disjoint(clusters: &[Cluster]) -> Result<()> {
-    let fixed = [("the underlay", "172.30.0.0/16"), ("tunnels and virtual addresses", "198.18.0.0/15")];
+    let fixed = [
+        ("the underlay", "172.30.0.0/16"),
+        ("the underlay", "fd00:30::/32"),
+        ("tunnels and virtual addresses", "198.18.0.0/15"),
+        ("services", SERVICES4),
+        ("services", SERVICES6),
+    ];
     let mut taken: Vec<(String, IpNet)> = Vec::new();
     for (what, net) in fixed {
         taken.push((what.to_owned(), net.parse()?));
     }
-    taken.push(("the underlay".to_owned(), "fd00:30::/32".parse()?));
     for cluster in clusters {
         for net in [IpNet::from(cluster.pods4), IpNet::from(cluster.pods6)] {
             if let Some((what, other)) =
@@ -429,7 +459,10 @@ impl ClusterFile {
         let mut nodes = Vec::new();
         for (number, node) in (1u8..).zip(self.nodes) {
             ensure!(node.pods.len() <= 200, "node {} has more than 200 pods", node.name);
+            ensure!(!node.kwok || node.pods.is_empty(), "node {}: kwok makes its pods, give none", node.name);
             let (pods4, pods6) = (prefix4(pods4, number)?, prefix6(pods6, number)?);
+            // kwok gives its pods the first addresses.
+            let cni = if node.kwok { 254 } else { 1 };
             let pods = (10u8..)
                 .zip(node.pods)
                 .map(|(host, pod)| Pod {
@@ -447,10 +480,11 @@ impl ClusterFile {
                 cluster: self.id.clone(),
                 number,
                 gateway: node.gateway,
+                kwok: node.kwok,
                 v4: host4(lan4, number),
                 v6: host6(lan6, number),
-                cni4: host4(pods4, 1),
-                cni6: host6(pods6, 1),
+                cni4: host4(pods4, cni),
+                cni6: host6(pods6, cni),
                 pods4,
                 pods6,
                 pods,
@@ -473,7 +507,6 @@ impl ClusterFile {
             ensure!(ports.insert(key, ()).is_none(), "service {} is given twice", service.name);
         }
         Ok(Cluster {
-            id: self.id,
             index,
             pods4,
             pods6,
@@ -485,7 +518,9 @@ impl ClusterFile {
             reach: self.reach,
             mesh: matches!(self.topology, Tunnels::Mesh),
             forward: self.forward,
+            api: self.api.check(&self.id, self.proxy, (lan4, lan6), &nodes)?,
             nodes,
+            id: self.id,
             services: self.services,
         })
     }
@@ -520,6 +555,7 @@ mod tests {
         assert_eq!(pod.v6.to_string(), "fd00:10:2:3::a");
         assert_eq!(two.node("eu-gw2").unwrap().v4.to_string(), "172.30.1.2");
         Topology::parse(DEMO).unwrap();
+        Topology::parse(KUBERNETES).unwrap();
     }
 
     #[test]
@@ -543,6 +579,8 @@ mod tests {
         assert!(bad("10.2.0.0/16", "198.18.0.0/16").contains("virtual addresses"));
         assert!(bad("name: us-a", "name: eu-a").contains("eu-a is used twice"));
         assert!(bad("name: us-a", "name: US_A").contains("\"US_A\" is no name"));
+        assert!(bad("10.2.0.0/16", "10.96.0.0/16").contains("of services"));
+        assert!(bad("pod_cidrs", "proxy: nftables\n    pod_cidrs").contains("api: kubernetes"));
         assert!(bad("protocol: UDP", "protocol: SCTP").contains("must be TCP or UDP"));
         assert!(bad("pod_cidrs", "podcidrs").contains("podcidrs"));
     }

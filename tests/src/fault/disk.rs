@@ -8,7 +8,7 @@ use nix::sys::statvfs::statvfs;
 
 use crate::Lab;
 
-const SIZE: &str = "size=256m,mode=755";
+const SIZE: &str = "size=1g,mode=755";
 /// Takes the last free page, as an other program's data would.
 const FILLER: &str = ".full";
 

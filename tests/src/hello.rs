@@ -1,0 +1,58 @@
+//! The server of the conformance suite's pods: whoever connects, or sends a datagram, learns which address it reached.
+
+use std::io::{IoSlice, IoSliceMut, Write};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::AsRawFd;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn6, recvmsg, sendmsg, setsockopt, sockopt,
+};
+
+use crate::serve::plain;
+
+/// Serves on this port, TCP and UDP, until killed.
+///
+/// # Errors
+/// If the port cannot be bound.
+pub fn hello(port: u16) -> Result<()> {
+    let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+    let tcp = TcpListener::bind(any).with_context(|| format!("TCP port {port}"))?;
+    let udp = UdpSocket::bind(any).with_context(|| format!("UDP port {port}"))?;
+    setsockopt(&udp, sockopt::Ipv6RecvPacketInfo, &true).context("asking for addresses")?;
+    std::thread::spawn(move || {
+        loop {
+            // Who went away before the answer is no matter.
+            let _ = datagram(&udp);
+        }
+    });
+    for mut stream in tcp.incoming().flatten() {
+        if let Ok(reached) = stream.local_addr() {
+            let _ = stream.write_all(said(reached.ip()).as_bytes());
+        }
+    }
+    bail!("the server on port {port} ended")
+}
+
+fn said(reached: IpAddr) -> String {
+    format!("pod ip {}\n", plain(reached))
+}
+
+/// Answers one datagram, from the address that it was sent to.
+fn datagram(socket: &UdpSocket) -> nix::Result<()> {
+    let mut buffer = [0u8; 1500];
+    let mut control = nix::cmsg_space!(libc::in6_pktinfo);
+    let mut parts = [IoSliceMut::new(&mut buffer)];
+    let message =
+        recvmsg::<SockaddrIn6>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::empty())?;
+    let asked = message.cmsgs()?.find_map(|c| match c {
+        ControlMessageOwned::Ipv6PacketInfo(info) => Some(info),
+        _ => None,
+    });
+    let (Some(from), Some(mut info)) = (message.address, asked) else { return Ok(()) };
+    info.ipi6_ifindex = 0;
+    let answer = said(Ipv6Addr::from(info.ipi6_addr.s6_addr).into());
+    let parts = [IoSlice::new(answer.as_bytes())];
+    let control = [ControlMessage::Ipv6PacketInfo(&info)];
+    sendmsg(socket.as_raw_fd(), &parts, &control, MsgFlags::empty(), Some(&from)).map(drop)
+}

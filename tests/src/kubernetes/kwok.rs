@@ -1,0 +1,160 @@
+//! Nodes whose pods kwok runs: what the scheduler sends there is running and ready at once, at an address of the node's
+//! pod range. All these pods are one place, to which the whole range belongs: programs run there by `kubectl exec` are
+//! in it, and one server answers for all.
+
+use anyhow::{Context, Result};
+
+use super::binary::find;
+use super::pki::{self, Authority};
+use super::plane::url;
+use crate::lab::Lab;
+use crate::place::Place;
+use crate::program::{self, STATE_DIR};
+use crate::sandbox::which;
+use crate::topology::{ControlPlane, Node};
+
+/// The port at which an API server expects a kubelet.
+const KUBELET: u16 = 10250;
+
+/// The place of a node's kwok.
+pub(crate) fn name(node: &Node) -> String {
+    format!("kwok-{}", node.name)
+}
+
+/// Joins the place to its node; all of the node's pod range is local there.
+pub(crate) fn wire(place: &Place, node: &Node, on: &Place) -> Result<()> {
+    let (own4, own6) = addresses(node);
+    on.ip(&format!(
+        "link add kwok type veth peer name eth0 netns {}\nlink set kwok up\n\
+         addr add {cni4}/32 dev kwok\naddr add {cni6}/128 dev kwok nodad\n\
+         route add {own4}/32 dev kwok\nroute add {} via {own4}\n\
+         -6 route add {own6}/128 dev kwok\n-6 route add {} via {own6}\n",
+        place.path(),
+        node.pods4,
+        node.pods6,
+        cni4 = node.cni4,
+        cni6 = node.cni6,
+    ))?;
+    place.ip(&format!(
+        "link set eth0 up\naddr add {own4}/32 dev eth0\naddr add {own6}/128 dev eth0 nodad\n\
+         route add {cni4}/32 dev eth0\nroute add default via {cni4}\nroute add local {} dev lo\n\
+         -6 route add {cni6}/128 dev eth0\n-6 route add default via {cni6}\n-6 route add local {} dev lo\n",
+        node.pods4,
+        node.pods6,
+        cni4 = node.cni4,
+        cni6 = node.cni6,
+    ))?;
+    // The API server asks the kubelet at the node's address.
+    on.nft(&format!(
+        "table ip kubelet {{\n chain prerouting {{\n  type nat hook prerouting priority dstnat - 1;\n  \
+         ip daddr {} tcp dport {KUBELET} dnat to {own4}:{KUBELET}\n }}\n}}\n",
+        node.v4
+    ))
+}
+
+/// The place's own addresses: the last but one of IPv4, and its like.
+fn addresses(node: &Node) -> (std::net::Ipv4Addr, std::net::Ipv6Addr) {
+    let four = u32::from(node.pods4.network()) + 253;
+    let six = u128::from(node.pods6.network()) + 253;
+    (four.into(), six.into())
+}
+
+impl Lab {
+    /// Writes what a node's kwok needs into its private directory.
+    pub(super) fn prepare_kwok(
+        &self,
+        authority: &Authority,
+        control: &ControlPlane,
+        node: &Node,
+    ) -> Result<()> {
+        let dir = self.state_dir(&name(node));
+        let (own4, _) = addresses(node);
+        let server = authority.server(vec![node.v4.to_string(), own4.to_string()])?;
+        pki::write(&dir, "kubelet.crt", &server.certificate)?;
+        pki::write(&dir, "kubelet.key", &server.key)?;
+        let client = authority.client(&format!("system:node:{}", node.name), Some("system:masters"))?;
+        let text = authority.kubeconfig(&url(control), &client);
+        pki::write(&dir, "kubeconfig", &text)?;
+        pki::write(&dir, "kwok.yaml", STAGES)?;
+        // The suite's images have busybox's `sh`, `nc` and `nslookup`, whose output it reads.
+        let busybox = which("busybox").context("busybox is missing: apt-get install busybox")?;
+        let bin = dir.join("bin");
+        std::fs::create_dir_all(&bin)?;
+        for applet in ["sh", "nc", "nslookup", "echo"] {
+            std::os::unix::fs::symlink(&busybox, bin.join(applet))?;
+        }
+        Ok(())
+    }
+
+    /// Starts a node's kwok and the server of its pods.
+    pub(super) fn start_kwok(&self, node: &Node) -> Result<()> {
+        let place = name(node);
+        let path = std::env::var("PATH").unwrap_or_default();
+        let line = vec![
+            find("kwok")?,
+            format!("--kubeconfig={STATE_DIR}/kubeconfig"),
+            format!("--config={STATE_DIR}/kwok.yaml"),
+            format!("--manage-single-node={}", node.name),
+            format!("--node-ip={}", node.v4),
+            format!("--node-port={KUBELET}"),
+            format!("--server-address=0.0.0.0:{KUBELET}"),
+            format!("--tls-cert-file={STATE_DIR}/kubelet.crt"),
+            format!("--tls-private-key-file={STATE_DIR}/kubelet.key"),
+        ];
+        self.start(&place, "kwok", &program::with(&[&format!("PATH={STATE_DIR}/bin:{path}")], line))?;
+        self.start(&place, "hello", &program::lab(&["hello"])?)
+    }
+}
+
+/// What kwok does with pods: running and ready at once, gone as soon as somebody deletes them. Programs may be run in
+/// any of them.
+const STAGES: &str = r#"apiVersion: kwok.x-k8s.io/v1alpha1
+kind: Stage
+metadata:
+  name: ready
+spec:
+  resourceRef: { apiGroup: v1, kind: Pod }
+  selector:
+    matchExpressions:
+      - { key: .metadata.deletionTimestamp, operator: DoesNotExist }
+      - { key: .status.podIP, operator: DoesNotExist }
+  next:
+    statusTemplate: |
+      {{ $ips := PodIPsWith .spec.nodeName false .metadata.uid .metadata.name .metadata.namespace }}
+      phase: Running
+      startTime: {{ Now | Quote }}
+      podIP: {{ index $ips 0 | Quote }}
+      podIPs: [ {{ range $ips }}{ ip: {{ . | Quote }} }, {{ end }} ]
+      conditions:
+        - { type: Initialized, status: "True", lastTransitionTime: {{ Now | Quote }} }
+        - { type: ContainersReady, status: "True", lastTransitionTime: {{ Now | Quote }} }
+        - { type: Ready, status: "True", lastTransitionTime: {{ Now | Quote }} }
+      containerStatuses:
+        {{ range .spec.containers }}
+        - name: {{ .name | Quote }}
+          image: {{ .image | Quote }}
+          ready: true
+          restartCount: 0
+          state: { running: { startedAt: {{ Now | Quote }} } }
+        {{ end }}
+---
+apiVersion: kwok.x-k8s.io/v1alpha1
+kind: Stage
+metadata:
+  name: gone
+spec:
+  resourceRef: { apiGroup: v1, kind: Pod }
+  selector:
+    matchExpressions:
+      - { key: .metadata.deletionTimestamp, operator: Exists }
+  next:
+    delete: true
+---
+apiVersion: kwok.x-k8s.io/v1alpha1
+kind: ClusterExec
+metadata:
+  name: here
+spec:
+  execs:
+    - local: {}
+"#;

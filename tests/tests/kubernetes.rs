@@ -1,0 +1,78 @@
+//! The lab's real Kubernetes by itself, and Tombolo on it.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use tombolo_lab::topology::KUBERNETES;
+use tombolo_lab::{Lab, Topology, host, scenario_kubernetes, wait_until};
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// What a Service of a lab cluster has for addresses.
+fn addresses(lab: &Lab, cluster: &str, service: &str) -> Result<Vec<IpAddr>> {
+    let path = "jsonpath={.spec.clusterIPs}";
+    let text = lab.kubectl(cluster, &["get", "service", service, "-n", "production", "-o", path], "")?;
+    let texts: Vec<String> = serde_json::from_str(&text).with_context(|| text.clone())?;
+    texts.iter().map(|a| a.parse().with_context(|| a.clone())).collect()
+}
+
+/// The backends that answered so many requests.
+fn answering(lab: &Lab, place: &str, url: &str, times: usize) -> Result<BTreeSet<String>> {
+    let mut seen = BTreeSet::new();
+    for _ in 0..times {
+        let answer = lab.fetch(place, url, &["--timeout", "2"])?;
+        ensure!(answer.status == 200, "{url} from {place}: {answer:?}");
+        seen.insert(answer.body.trim().to_owned());
+    }
+    Ok(seen)
+}
+
+/// The lab's own ground: real controllers make slices of the lab's pods, kube-proxy balances in both modes and both
+/// families, CoreDNS names everything.
+#[test]
+fn two_real_clusters_balance_and_name_their_own_services() {
+    scenario_kubernetes(
+        "two_real_clusters_balance_and_name_their_own_services",
+        Duration::from_secs(180),
+        || {
+            let lab = Lab::build(Topology::parse(KUBERNETES)?)?;
+            for (cluster, node) in [("eu-west", "eu-w1"), ("us-east", "us-w1")] {
+                let nodes = lab.kubectl(cluster, &["get", "nodes", "--no-headers"], "")?;
+                let ready = nodes.lines().filter(|line| line.contains(" Ready ")).count();
+                ensure!(ready == 2 && nodes.contains(node), "{cluster} has other nodes:\n{nodes}");
+            }
+            let wanted = |pods: &[&str]| pods.iter().map(|p| format!("ok {p}")).collect::<BTreeSet<_>>();
+            for (cluster, pod, service, port, backends) in [
+                ("eu-west", "eu-a", "api-service", 8080, wanted(&["eu-a", "eu-b"])),
+                ("us-east", "us-b", "web", 80, wanted(&["us-a", "us-b"])),
+            ] {
+                let addresses = addresses(&lab, cluster, service)?;
+                ensure!(addresses.len() == 2, "{service} of {cluster} has {addresses:?}");
+                for address in addresses {
+                    let url = format!("http://{}:{port}/health", host(address));
+                    wait_until(&format!("both backends behind {url}"), SOON, || {
+                        let seen = answering(&lab, pod, &url, 12)?;
+                        ensure!(seen == backends, "{seen:?} answer");
+                        Ok(())
+                    })?;
+                }
+                let name = format!("http://{service}.production.svc.cluster.local:{port}/health");
+                answering(&lab, pod, &name, 1)?;
+            }
+            // What the kubelet says of a pod is what decides.
+            lab.set_ready("eu-b", false)?;
+            let url = "http://api-service.production.svc.cluster.local:8080/health";
+            wait_until("the pod that is not ready to be left out", SOON, || {
+                let seen = answering(&lab, "eu-a", url, 12)?;
+                ensure!(seen == wanted(&["eu-a"]), "{seen:?} answer");
+                Ok(())
+            })?;
+            // A pod of a headless service has a name of its own.
+            let own = answering(&lab, "eu-b", "http://eu-a.db.production.svc.cluster.local:8080/health", 1)?;
+            ensure!(own == wanted(&["eu-a"]), "{own:?}");
+            Ok(())
+        },
+    );
+}
