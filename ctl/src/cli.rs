@@ -130,6 +130,9 @@ pub(crate) struct GrantArgs {
     /// added or removed.
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     pub(crate) namespaces: Vec<NamespacePattern>,
+    /// How many nodes its tunnel range has room for, at least; a renewed grant keeps the range that there is.
+    #[arg(long, default_value_t = 254, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=65_534))]
+    pub(crate) nodes: u32,
     /// Grant anew to a cluster that is granted already (a lost token or key, other ranges). Name all its ranges and
     /// namespaces; its tunnel range and its age stay, and the new grant replaces the old one when it joins with it.
     #[arg(long)]

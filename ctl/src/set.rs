@@ -41,6 +41,8 @@ pub(crate) struct NewGrant {
     pub(crate) cluster: ClusterId,
     pub(crate) owned: BTreeSet<Prefix>,
     pub(crate) namespaces: Vec<NamespacePattern>,
+    /// That its tunnel range is to have room for.
+    pub(crate) nodes: u32,
     pub(crate) subject: PublicKey,
     /// Unix seconds.
     pub(crate) bind_before: Option<u64>,
@@ -228,7 +230,7 @@ impl SetDir {
             Some(old) => (old.tunnel.clone(), old.member_since),
             None => {
                 let taken = live.values().flat_map(|g| g.ranges().copied()).collect();
-                (self.tunnel(serial, &taken)?, new.now)
+                (self.tunnel(serial, &taken, new.nodes)?, new.now)
             }
         };
         if let Some((owned, own)) =
@@ -256,15 +258,20 @@ impl SetDir {
         Ok(verified)
     }
 
-    fn tunnel(&self, serial: u64, taken: &BTreeSet<Prefix>) -> Result<BTreeSet<Prefix>> {
+    fn tunnel(&self, serial: u64, taken: &BTreeSet<Prefix>, nodes: u32) -> Result<BTreeSet<Prefix>> {
         let pool = self.settings.tunnel_pool;
+        // No node bears the first address or the last.
+        let bits = nodes.saturating_add(2).next_power_of_two().trailing_zeros();
+        let length = u8::try_from(32_u32.saturating_sub(bits)).unwrap_or(0).min(24);
         let v4 = pool
-            .subnets(24)
-            .with_context(|| format!("the tunnel pool {pool} is smaller than a /24"))?
+            .subnets(length)
+            .with_context(|| format!("the tunnel pool {pool} is smaller than a /{length}"))?
             .filter_map(|net| Prefix::new(IpNet::V4(net)).ok())
             .find(|prefix| !taken.iter().any(|t| t.overlaps(prefix)))
             .with_context(|| {
-                format!("the tunnel pool {pool} has no free /24; make room by revoking, or use a larger pool")
+                format!(
+                    "the tunnel pool {pool} has no free /{length}; make room by revoking, or use a larger pool"
+                )
             })?;
         let set = self.roots.set().0;
         let subnet = u16::try_from(serial).context("serials over 65535 have no tunnel range")?;

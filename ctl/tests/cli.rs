@@ -680,3 +680,14 @@ fn yaml_and_help_and_completion() {
     assert!(bench.run("completion bash").ok().contains("_tombolo"));
     assert_eq!(bench.run("nonsense").code, 2);
 }
+
+#[test]
+fn a_large_cluster_has_tunnel_addresses_for_its_nodes() {
+    let bench = Bench::founded();
+    let token = bench.run("invite a --pod-cidr 10.0.0.0/9 --nodes 1000").ok();
+    let joined = bench.run_with("join - --cluster-dir c -o json", &token).ok();
+    let joined: Value = serde_json::from_str(&joined).unwrap();
+    assert_eq!(joined["tunnel"][0], "198.18.0.0/22");
+    bench.refuses_with("invite b --pod-cidr 10.128.0.0/16 --nodes 0", "", 2, &["--nodes"]);
+    bench.refuses("invite b --pod-cidr 10.128.0.0/16 --nodes 65534", &["no free /16"]);
+}

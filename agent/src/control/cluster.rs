@@ -359,7 +359,8 @@ impl Controller {
         frame: Arc<Frame>,
     ) -> Result<Option<Arc<OwnPlan>>> {
         let Some(own) = frame.own.clone() else { return Ok(None) };
-        let stated = stated(observed, &self.cluster, view.states.get(&self.cluster));
+        let planned = self.planned.as_ref().map(|(_, own)| &**own);
+        let stated = stated(observed, &self.cluster, view.states.get(&self.cluster), planned);
         let input = Input { frame, observed: observed.clone(), stated };
         if let Some((old, planned)) = &mut self.planned
             && old.is(&input)
@@ -450,7 +451,7 @@ impl Controller {
         self.shown.tell(Part::Voice, findings);
         said?;
         if let (Some(members), Some(nodes)) = (observed.members.get(), observed.member_nodes.get()) {
-            self.keeper.members(self.start.elapsed(), members, nodes, writes).await;
+            self.keeper.members(self.start.elapsed(), None, members, nodes, writes).await;
         }
         let (slices, imports) = (Objects::default(), Objects::default());
         writes.attempt("imported EndpointSlices stay", self.api.apply_slices(&slices)).await;
@@ -492,29 +493,24 @@ impl Controller {
     }
 }
 
-/// Own nodes as last stated: ranks and tunnel addresses stick to these. What this leader said counts; before it has
-/// spoken, what the API keeps. Unknown, and hence nothing is stated, while neither is known.
+/// Own nodes as they are: ranks and tunnel addresses stick to these. What this leader planned last counts; before it has
+/// planned, what the API keeps, and above that what it said. Unknown, and hence nothing is stated, while that is.
 fn stated(
     observed: &Observed,
     cluster: &ClusterId,
     said: Option<&Arc<OriginState>>,
+    planned: Option<&OwnPlan>,
 ) -> Known<BTreeMap<NodeName, Endpoint>> {
-    if let Some(said) = said {
-        let records: Vec<Record> = said
-            .records(&Scope::Nodes)
-            .into_iter()
-            .flat_map(|records| records.iter())
-            .map(|(key, body)| Record { key: key.clone(), body: body.clone() })
-            .collect();
-        return Known::Yes(endpoints(cluster, &records, &mut Vec::new()));
+    if let Some(own) = planned {
+        return Known::Yes(own.nodes.clone());
     }
-    match &observed.member_nodes {
-        Known::No => Known::No,
-        Known::Yes(all) => {
-            let records = all.get(cluster).into_iter().flat_map(BTreeMap::values);
-            Known::Yes(endpoints(cluster, records, &mut Vec::new()))
-        }
-    }
+    let Some(all) = observed.member_nodes.get() else { return Known::No };
+    let kept = all.get(cluster).into_iter().flat_map(BTreeMap::values);
+    let mut nodes = endpoints(cluster, kept, &mut Vec::new());
+    let said = said.and_then(|said| said.records(&Scope::Nodes)).into_iter().flat_map(|said| said.iter());
+    let said: Vec<Record> = said.map(|(key, body)| Record { key: key.clone(), body: body.clone() }).collect();
+    nodes.extend(endpoints(cluster, &said, &mut Vec::new()));
+    Known::Yes(nodes)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use tombolo_agent_core::keep::{self, Kept, Rewrite};
+use tombolo_agent_core::plan::piece::OwnPlan;
 use tombolo_proto::model::{ClusterId, Record, RecordKey, Scope};
 use tombolo_proto::trust::{Grant, Membership, RootChain, root_hash};
 use tombolo_proto::wire::{Documents, MembershipParts, decode_grant, decode_statement};
@@ -18,7 +19,8 @@ use super::session::Shared;
 use crate::api::{ClusterApi, ClusterSet, Member};
 use crate::observe::origin::View;
 
-/// Nodes that one cluster may state: every node of every cluster judges each of them.
+/// Nodes that one cluster may state: every node of every cluster judges each of them. It states its gateways, and at
+/// most 500 meshed nodes.
 const MAX_NODES: usize = 600;
 
 /// Writing one node of another cluster is charged at most so much.
@@ -163,10 +165,12 @@ impl Keeper {
         }
     }
 
-    /// What was verified of every cluster that has spoken. When to look again, if one is to be written later.
+    /// What was verified of every cluster that has spoken, and beside what the own one states, as in `own`, its other
+    /// nodes. When to look again, if one is to be written later.
     pub(super) async fn members(
         &mut self,
         now: Duration,
+        own_plan: Option<&OwnPlan>,
         members: &BTreeMap<ClusterId, Member>,
         member_nodes: &BTreeMap<ClusterId, BTreeMap<RecordKey, Record>>,
         writes: &mut Writes<'_>,
@@ -205,10 +209,20 @@ impl Keeper {
                 due = Some(due.map_or(credit.due(), |due: Duration| due.min(credit.due())));
                 continue;
             }
+            let mut unstated = &empty;
+            if let Some(own) = own_plan.filter(|_| *cluster == self.cluster) {
+                // Planned anew and not said yet, or the reverse: a node that becomes a gateway, or is one no longer,
+                // would be in neither part. The other half comes in a moment.
+                if !is_said(own, state) {
+                    continue;
+                }
+                unstated = &own.unstated;
+            }
             let Some(member) = member_of(&view, cluster, state) else { continue };
             let stored_nodes = member_nodes.get(cluster).unwrap_or(&empty);
             let written = self.written.get(cluster).copied();
-            let kept = members.get(cluster).map(|old| kept(old, &member, state, stored_nodes, written));
+            let kept =
+                members.get(cluster).map(|old| kept(old, &member, (state, unstated), stored_nodes, written));
             let floor = floors.get(cluster).copied().flatten();
             match keep::rewrite(kept.as_ref(), state.position(), floor, now) {
                 Rewrite::No => continue,
@@ -223,6 +237,7 @@ impl Keeper {
                 .into_iter()
                 .flat_map(|records| records.iter())
                 .map(|(key, body)| (key.clone(), Record { key: key.clone(), body: body.clone() }))
+                .chain(unstated.iter().map(|(key, record)| (key.clone(), record.clone())))
                 .collect();
             let begun = Instant::now();
             let write = self.api.write_member(cluster, &member, &nodes);
@@ -306,17 +321,29 @@ fn member_of(view: &View, cluster: &ClusterId, state: &OriginState) -> Option<Me
     })
 }
 
+/// Whether what the own cluster said of its nodes is what it plans to say.
+fn is_said(own: &OwnPlan, state: &OriginState) -> bool {
+    let planned = own.records.get(&Scope::Nodes);
+    let said = state.records(&Scope::Nodes);
+    planned.map_or(0, BTreeMap::len) == said.map_or(0, |records| records.len())
+        && planned
+            .into_iter()
+            .flatten()
+            .all(|(key, record)| said.and_then(|said| said.get(key)) == Some(&record.body))
+}
+
 /// What is kept, against what is held. Whether the kept statement is signed as it should be was seen when it was
 /// heard.
 fn kept(
     old: &Member,
     new: &Member,
-    state: &OriginState,
+    (state, unstated): (&OriginState, &BTreeMap<RecordKey, Record>),
     stored: &BTreeMap<RecordKey, Record>,
     written: Option<Duration>,
 ) -> Kept {
     let held = state.records(&Scope::Nodes);
-    let nodes = stored.len() == held.map_or(0, |records| records.len())
+    let nodes = stored.len() == held.map_or(0, |records| records.len()) + unstated.len()
+        && unstated.iter().all(|(k, record)| stored.get(k) == Some(record))
         && held
             .into_iter()
             .flat_map(|r| r.iter())

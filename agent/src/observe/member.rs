@@ -7,6 +7,7 @@ use std::sync::Arc;
 use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::known::Known;
 use tombolo_agent_core::object::Node;
+use tombolo_agent_core::plan::is_stated;
 use tombolo_agent_core::world::MemberNodes;
 use tombolo_proto::model::{ClusterId, Endpoint, NodeName, Position, Prefix, Record, RecordKey, record_kind};
 use tombolo_proto::trust::{
@@ -162,7 +163,7 @@ impl Held {
             let records = input.member_nodes.get(cluster).unwrap_or(&nothing);
             let good = self.clusters.entry(cluster.clone()).or_default();
             let known = good.source.as_ref().is_some_and(|(m, r)| m == member && r == records);
-            if !known && good.take(&roots, cluster, member, records, &mut findings) {
+            if !known && good.take(&roots, (cluster, us), member, records, &mut findings) {
                 good.source = Some((member.clone(), records.clone()));
             }
         }
@@ -275,7 +276,7 @@ impl Good {
     fn take(
         &mut self,
         roots: &RootChain,
-        cluster: &ClusterId,
+        (cluster, us): (&ClusterId, &ClusterId),
         member: &Member,
         records: &BTreeMap<RecordKey, Record>,
         findings: &mut Vec<Finding>,
@@ -295,7 +296,7 @@ impl Good {
             }
         }
         if let (Some(statement), Some(namespaces)) = (&member.statement, &member.namespaces) {
-            match self.statement(statement, namespaces, records) {
+            match self.statement(statement, namespaces, records, cluster == us) {
                 Ok(statement) => whole &= self.take_statement(cluster, &statement, records, findings),
                 Err(error) => {
                     whole = false;
@@ -330,12 +331,13 @@ impl Good {
         }
     }
 
-    /// Checks a statement by the membership it was given under.
+    /// Checks a statement by the membership it was given under. The own cluster keeps nodes beside those that it states.
     fn statement(
         &self,
         envelope: &Envelope,
         namespaces: &Digest,
         records: &BTreeMap<RecordKey, Record>,
+        own: bool,
     ) -> Result<Verified<Statement>, String> {
         let claimed = decode_statement(&envelope.payload).map_err(|error| error.to_string())?;
         let serial = claimed.position.serial;
@@ -343,7 +345,10 @@ impl Good {
         let membership =
             membership.ok_or_else(|| format!("its membership of serial {serial} is not here"))?;
         let statement = membership.statement(envelope).map_err(|error| error.to_string())?;
-        if !verify_nodes(&statement, namespaces, records.values()) {
+        let stated = || records.values().filter(|record| !is_own_matter(record));
+        if !verify_nodes(&statement, namespaces, records.values())
+            && !(own && verify_nodes(&statement, namespaces, stated()))
+        {
             return Err("its nodes do not fit what it signed".to_owned());
         }
         Ok(statement)
@@ -372,7 +377,10 @@ impl Good {
                     );
                     findings.push(finding("Equivocation", &object, message));
                 }
-                return *root == held.root;
+                // The same statement; beside it own nodes may have come that are not stated.
+                if *root != held.root {
+                    return false;
+                }
             }
         }
         let mut unread = Vec::new();
@@ -380,6 +388,15 @@ impl Good {
         self.spoken = Some(Spoken { position: *position, root: *root, nodes, findings: unread });
         true
     }
+}
+
+/// Whether a record of the own MemberNodes is a node that the cluster states to nobody.
+fn is_own_matter(record: &Record) -> bool {
+    let node = match (record.key.kind(), record.key.name()) {
+        (record_kind::ENDPOINT, [node]) => NodeName::new(node).ok(),
+        _ => None,
+    };
+    node.and_then(|node| decode_endpoint(node, &record.body).ok()).is_some_and(|e| !is_stated(&e))
 }
 
 /// Ranges that no grant of another may touch: reserved ones, the clusterset ranges, addresses of own nodes and of

@@ -85,7 +85,16 @@ fn grant(
     };
     let namespaces = if args.namespaces.is_empty() { held } else { args.namespaces };
     let renew = args.renew || changes;
-    let new = NewGrant { cluster: args.cluster, owned, namespaces, subject, bind_before, now, renew };
+    let new = NewGrant {
+        cluster: args.cluster,
+        owned,
+        namespaces,
+        nodes: args.nodes,
+        subject,
+        bind_before,
+        now,
+        renew,
+    };
     let grant = set.grant(new)?;
     if renew {
         say(format!(

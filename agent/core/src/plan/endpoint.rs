@@ -11,7 +11,14 @@ use super::roster::{self, hosts, is_host};
 use crate::object::{Node, TunnelNode};
 use crate::world::{ClusterWorld, Topology};
 
-/// Plans the own Endpoint records: nodes that both the API and their agent know. None while inputs are unknown.
+/// Whether other clusters hear of a node: of gateways, and under the topology `mesh` of every node that can be talked to
+/// directly. The others are the own cluster's matter: they stand in its own MemberNodes and in no statement, so that a
+/// cluster may have thousands of them and nobody else judges any.
+pub fn is_stated(endpoint: &Endpoint) -> bool {
+    endpoint.rank.is_gateway() || endpoint.mesh
+}
+
+/// Plans the own Endpoints: nodes that both the API and their agent know. None while inputs are unknown.
 pub(crate) fn endpoints(
     world: &ClusterWorld,
     findings: &mut Findings,
@@ -65,6 +72,16 @@ pub(crate) fn endpoints(
                 findings.warning("MeshPrefixesTooMany", format!("node {}/{name}", world.cluster), text);
             }
         }
+    }
+    let meshed = endpoints.values().filter(|e| e.mesh).count();
+    if meshed > roster::MESH_NODES {
+        let text = format!(
+            "it has {meshed} nodes that others could talk to directly, and nobody talks to more than {}: only its gateways \
+             are told. Choose topology gateway for a cluster of this size",
+            roster::MESH_NODES
+        );
+        findings.warning("MeshTooLarge", format!("cluster {}", world.cluster), text);
+        endpoints.values_mut().for_each(|endpoint| endpoint.mesh = false);
     }
     Some(endpoints)
 }

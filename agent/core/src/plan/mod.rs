@@ -29,6 +29,7 @@ use tombolo_proto::model::{Endpoint, NodeName, Record, RecordKey, Scope, record_
 use tombolo_proto::wire;
 
 use self::eligible::View;
+pub use self::endpoint::is_stated;
 use self::findings::Findings;
 pub(crate) use self::hash::stable as stable_hash;
 use self::service::Sources;
@@ -108,7 +109,7 @@ fn plan_cluster(world: &ClusterWorld, findings: &mut Findings) -> ClusterDesired
     }
     if let (Some(endpoints), Some(exports)) = (&endpoints, &exports) {
         let mut records = export::records(&exports.good, findings);
-        let nodes = node_records(endpoints);
+        let nodes = node_records(endpoints, is_stated);
         if !nodes.is_empty() {
             records.insert(Scope::Nodes, nodes);
         }
@@ -125,11 +126,14 @@ fn plan_cluster(world: &ClusterWorld, findings: &mut Findings) -> ClusterDesired
     desired
 }
 
-fn node_records(endpoints: &BTreeMap<NodeName, Endpoint>) -> BTreeMap<RecordKey, Record> {
+fn node_records(
+    endpoints: &BTreeMap<NodeName, Endpoint>,
+    which: impl Fn(&Endpoint) -> bool,
+) -> BTreeMap<RecordKey, Record> {
     let record = |(name, endpoint): (&NodeName, &Endpoint)| {
         let key = RecordKey::new(record_kind::ENDPOINT, &[name.as_str()])?;
         let body = wire::encode_endpoint(endpoint).into();
         Some((key.clone(), Record { key, body }))
     };
-    endpoints.iter().filter_map(record).collect()
+    endpoints.iter().filter(|(_, endpoint)| which(endpoint)).filter_map(record).collect()
 }

@@ -14,7 +14,7 @@ use super::export::{self, Own};
 use super::findings::Findings;
 use super::service::{self, Sources};
 use super::vip::is_vip;
-use super::{address, conflict, endpoint, node_records, slice};
+use super::{address, conflict, endpoint, is_stated, node_records, slice};
 use crate::finding::Finding;
 use crate::object::{Condition, ExportStatus, Import, ServiceKey, Slice, SliceKey};
 use crate::world::{ClusterWorld, ClustersetRanges};
@@ -26,6 +26,8 @@ pub struct OwnPlan {
     pub records: BTreeMap<Scope, BTreeMap<RecordKey, Record>>,
     /// Its nodes.
     pub nodes: BTreeMap<NodeName, Endpoint>,
+    /// Records of those of them that it does not state, for the own MemberNodes.
+    pub unstated: BTreeMap<RecordKey, Record>,
     /// How its users' ServiceExports stand, without the condition `Conflict`: that one is the services'.
     pub statuses: BTreeMap<ServiceKey, ExportStatus>,
     /// What is wrong.
@@ -50,12 +52,13 @@ pub fn own(world: &ClusterWorld) -> Option<OwnPlan> {
     let exports = export::exports(world, endpoints.as_ref(), &mut findings)?;
     let nodes = endpoints?;
     let mut records = export::records(&exports.good, &mut findings);
-    let said = node_records(&nodes);
+    let said = node_records(&nodes, is_stated);
     if !said.is_empty() {
         records.insert(Scope::Nodes, said);
     }
     Some(OwnPlan {
         records,
+        unstated: node_records(&nodes, |endpoint| !is_stated(endpoint)),
         nodes,
         statuses: exports.statuses,
         findings: findings.into_vec(),

@@ -101,7 +101,9 @@ async fn members(hands: &Hands, stop: &CancellationToken) -> Result<()> {
             && hands.fence.holds()
         {
             let mut writes = Writes::new(&hands.fence);
-            if let Some(due) = keeper.members(start.elapsed(), members, nodes, &mut writes).await {
+            let said = hands.said.borrow().clone();
+            let own = said.as_ref().map(|said| &*said.own);
+            if let Some(due) = keeper.members(start.elapsed(), own, members, nodes, &mut writes).await {
                 wait = wait.min(due.saturating_sub(start.elapsed()));
             }
             wait = told(writes, wait);

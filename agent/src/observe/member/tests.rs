@@ -30,24 +30,7 @@ impl Side {
 
     /// Its Member after it stated these nodes.
     fn says(&self, sequence: u64, nodes: &[&str]) -> (Member, BTreeMap<RecordKey, Record>) {
-        let records: BTreeMap<RecordKey, Record> = nodes
-            .iter()
-            .map(|name| {
-                let key = RecordKey::new(record_kind::ENDPOINT, &[name]).unwrap();
-                let endpoint = Endpoint {
-                    node: name.parse().unwrap(),
-                    rank: tombolo_proto::model::Rank::NODE,
-                    devices: BTreeMap::new(),
-                    candidates: Vec::new(),
-                    tunnel_v4: None,
-                    tunnel_v6: None,
-                    prefixes: BTreeSet::new(),
-                    mesh: false,
-                };
-                let body = tombolo_proto::wire::encode_endpoint(&endpoint).into();
-                (key.clone(), Record { key, body })
-            })
-            .collect();
+        let records: BTreeMap<RecordKey, Record> = nodes.iter().map(|name| record(name, 1)).collect();
         let root = root_hash(ScopeDigest::of(records.values()).as_ref(), &EMPTY);
         let grant = &self.grant;
         let position = self.position(sequence);
@@ -56,6 +39,23 @@ impl Side {
         let statement = Some(statement.sign(&self.key));
         (Member { grant, bindings, spoken: None, statement, namespaces: Some(EMPTY) }, records)
     }
+}
+
+/// A node of this rank.
+fn record(name: &str, rank: u8) -> (RecordKey, Record) {
+    let key = RecordKey::new(record_kind::ENDPOINT, &[name]).unwrap();
+    let endpoint = Endpoint {
+        node: name.parse().unwrap(),
+        rank: tombolo_proto::model::Rank::new(rank).unwrap(),
+        devices: BTreeMap::new(),
+        candidates: Vec::new(),
+        tunnel_v4: None,
+        tunnel_v6: None,
+        prefixes: BTreeSet::new(),
+        mesh: false,
+    };
+    let body = tombolo_proto::wire::encode_endpoint(&endpoint).into();
+    (key.clone(), Record { key, body })
 }
 
 fn eu() -> Side {
@@ -308,4 +308,31 @@ fn only_what_is_good_is_cached() {
     fresh.verify(&kept);
     let (members, _) = verify(&mut fresh, &damaged);
     assert!(members.usable && members.nodes.len() == 2);
+}
+
+#[test]
+fn own_plain_nodes_stand_beside_the_statement_and_nobody_elses_do() {
+    let mut verifier = Verifier::default();
+    let mut observed = observed();
+    for name in ["w1", "w2"] {
+        yes(&mut observed.member_nodes).get_mut(&cluster("eu")).unwrap().extend([record(name, 0)]);
+    }
+    let (members, reasons) = verify(&mut verifier, &observed);
+    assert!(reasons.is_empty(), "{reasons:?}");
+    assert_eq!(names(&members, "eu"), ["n1", "w1", "w2"]);
+    // They come and go without a new statement.
+    let own = yes(&mut observed.member_nodes).get_mut(&cluster("eu")).unwrap();
+    own.remove(&record("w1", 0).0);
+    own.extend([record("w3", 0)]);
+    let (members, _) = verify(&mut verifier, &observed);
+    assert_eq!(names(&members, "eu"), ["n1", "w2", "w3"]);
+    // A gateway must be stated, and another cluster's plain node too.
+    for (of, rank) in [("eu", 2), ("us", 0), ("us", 2)] {
+        let mut bad = observed.clone();
+        yes(&mut bad.member_nodes).get_mut(&cluster(of)).unwrap().extend([record("x", rank)]);
+        let (members, reasons) = verify(&mut verifier, &bad);
+        assert_eq!(reasons, ["StatementInvalid"], "{of} {rank}");
+        assert_eq!(members.nodes[&cluster("us")].nodes.len(), 2);
+        assert_eq!(names(&members, "eu"), ["n1", "w2", "w3"]);
+    }
 }

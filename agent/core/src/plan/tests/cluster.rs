@@ -705,3 +705,60 @@ proptest! {
         prop_assert_eq!(plan(&world), first);
     }
 }
+
+/// A thousand nodes with a /24 of pods each, out of 10.0.0.0/8.
+pub(super) fn thousand() -> ClusterWorld {
+    let mut world = world();
+    world.own.owned = nets(&["10.0.0.0/8"]);
+    world.own.tunnel = nets(&["198.18.0.0/20", "fd00:18::/64"]);
+    let (nodes, tunnel_nodes) = (known(&mut world.nodes), known(&mut world.tunnel_nodes));
+    nodes.clear();
+    tunnel_nodes.clear();
+    for number in 0..1000_u16 {
+        let [high, low] = number.to_be_bytes();
+        let name = node(&format!("n{number:04}"));
+        let value = Node {
+            gateway: number % 400 == 7,
+            pod_cidrs: nets(&[&format!("10.{high}.{low}.0/24")]),
+            ..k8s_node(1)
+        };
+        nodes.insert(name.clone(), value);
+        tunnel_nodes.insert(name, TunnelNode { devices: devices(high + 1, low), ..tunnel_node(1) });
+    }
+    world
+}
+
+#[test]
+fn of_a_thousand_nodes_others_hear_of_the_gateways() {
+    let mut world = thousand();
+    let (desired, findings) = plan(&world);
+    assert!(findings.is_empty(), "{findings:?}");
+    let nodes = desired.nodes.get().unwrap();
+    assert_eq!(nodes.len(), 1000);
+    let addresses: BTreeSet<_> = nodes.values().map(|e| e.tunnel_v4.unwrap()).collect();
+    assert_eq!(addresses.len(), 1000, "each its own");
+    let stated: Vec<String> =
+        desired.records.get().unwrap()[&Scope::Nodes].keys().map(|key| key.name()[0].to_string()).collect();
+    assert_eq!(stated, ["n0007", "n0407", "n0807"]);
+    // What is kept beside the statement is the rest, and it is all that is needed to go on as before.
+    let own = crate::plan::piece::own(&world).unwrap();
+    assert_eq!(own.unstated.len(), 997);
+    let again = applied(&world, &desired);
+    assert_eq!(plan(&again).0.nodes, desired.nodes);
+    // Under the topology mesh nobody talks to so many.
+    world.topology = Topology::Mesh;
+    let (desired, findings) = plan(&world);
+    assert_eq!(findings, ["MeshTooLarge"]);
+    assert_eq!(desired.records.get().unwrap()[&Scope::Nodes].len(), 3);
+}
+
+#[test]
+fn meshed_nodes_are_stated() {
+    let mut world = world();
+    world.topology = Topology::Mesh;
+    let (desired, _) = plan(&world);
+    assert_eq!(desired.records.get().unwrap()[&Scope::Nodes].len(), 3);
+    known(&mut world.nodes).get_mut(&node("c")).unwrap().pod_cidrs.clear();
+    let (desired, _) = plan(&world);
+    assert_eq!(desired.records.get().unwrap()[&Scope::Nodes].len(), 2, "what has no prefix is not talked to");
+}

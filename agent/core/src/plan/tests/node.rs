@@ -722,3 +722,27 @@ fn names_answer_no_address_that_is_not_a_vip() {
     let expected = crate::zone::Zone::build(&good.into(), &BTreeMap::new());
     assert_eq!(plan(&world).0.zone, Section::Set(expected));
 }
+
+#[test]
+fn a_thousand_own_nodes_have_their_tunnels() {
+    let (desired, _) = crate::plan::cluster(&super::cluster::thousand());
+    let nodes = desired.nodes.get().unwrap().clone();
+    let own = MemberNodes {
+        serial: 1,
+        owned: nets(&["10.0.0.0/8"]),
+        tunnel: nets(&["198.18.0.0/20", "fd00:18::/64"]),
+        nodes,
+    };
+    let us = MemberNodes { owned: nets(&["172.16.0.0/16"]), tunnel: nets(&["198.18.99.0/24"]), ..member(2) };
+    let of = |name: &str| {
+        let members = Known::Yes([(id("eu"), own.clone()), (id("us"), us.clone())].into());
+        NodeWorld { members, inner: BTreeSet::new(), ..world(name) }
+    };
+    let peers = |name: &str| -> usize {
+        let (desired, _) = plan(&of(name));
+        let own = |p: &&crate::desired::Peer| p.node.cluster == id("eu");
+        devices(&desired).values().map(|d| d.peers.values().filter(own).count()).sum()
+    };
+    assert_eq!(peers("n0007"), 999, "a gateway talks to all");
+    assert_eq!(peers("n0500"), 3, "a plain node to the gateways");
+}
