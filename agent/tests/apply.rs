@@ -25,6 +25,7 @@ use tombolo_agent_core::desired::{
 };
 use tombolo_agent_core::known::Section;
 use tombolo_agent_core::object::NodeKey;
+use tombolo_agent_core::shelf::Shelf;
 use tombolo_agent_core::world::Reach;
 use tombolo_proto::model::{DeviceNumber, Family, Prefix, Protocol, WireguardKey};
 
@@ -248,7 +249,7 @@ fn firewall() -> Firewall {
             (address("10.1.3.10"), Protocol::Tcp, 9000),
             (address("fd00:10:1:3::10"), Protocol::Sctp, 9000),
         ]),
-        vips: BTreeMap::new(),
+        vips: Shelf::new(),
         clusterset: set(&["198.19.0.0/16", "fd19:746f:6d62::/112"]),
         resolvers: set(&["198.19.0.1", "fd19:746f:6d62::1"]),
         mtu: 1420,
@@ -557,16 +558,14 @@ fn firewall_data_changes_by_element() {
             }),
             Box::new(|f| f.exported.clear()),
             Box::new(|f| f.tunnel = set(&["198.18.1.4"])),
-            Box::new(|f| {
-                drop(f.vips.insert(vip("198.19.0.10", 80), balance(&["10.2.3.4:8080"], Some(10800))))
-            }),
+            Box::new(|f| f.vips.insert(vip("198.19.0.10", 80), balance(&["10.2.3.4:8080"], Some(10800)))),
             Box::new(|f| {
                 f.vips.insert(vip("198.19.0.10", 80), balance(&["10.2.3.4:8080", "10.2.3.5:8080"], Some(1)));
                 f.vips.insert(vip("fd19:746f:6d62::10", 80), balance(&["[fd00:10:2::5]:8080"], None));
             }),
-            Box::new(|f| drop(f.vips.insert(vip("198.19.0.10", 80), balance(&["10.2.3.5:8080"], None)))),
-            Box::new(move |f| drop(f.vips.insert(vip("198.19.0.10", 80), balance(&many, None)))),
-            Box::new(|f| drop(f.vips.insert(vip("198.19.0.10", 80), balance(&[], None)))),
+            Box::new(|f| f.vips.insert(vip("198.19.0.10", 80), balance(&["10.2.3.5:8080"], None))),
+            Box::new(move |f| f.vips.insert(vip("198.19.0.10", 80), balance(&many, None))),
+            Box::new(|f| f.vips.insert(vip("198.19.0.10", 80), balance(&[], None))),
             Box::new(|f| f.resolvers.clear()),
             Box::new(|_| {}),
         ];

@@ -12,6 +12,7 @@ use tombolo_proto::model::{
 
 use crate::known::{Objects, Section};
 use crate::object::{ExportStatus, Import, NodeKey, ServiceKey, Slice, SliceKey};
+use crate::shelf::Shelf;
 use crate::world::Reach;
 use crate::zone::Zone;
 
@@ -141,7 +142,7 @@ pub struct Firewall {
     /// Own exported (address, protocol, port), only of backends on this node's `local` ranges.
     pub exported: BTreeSet<(IpAddr, Protocol, u16)>,
     /// ClusterSetIPs balanced here (a directory's); empty under Kubernetes.
-    pub vips: BTreeMap<Vip, Balance>,
+    pub vips: Shelf<Vip, Balance>,
     /// Where a directory's ClusterSetIPs come from. What nothing answers there is refused and never leaves the node,
     /// also before a VIP is known and after it is gone.
     pub clusterset: BTreeSet<IpNet>,

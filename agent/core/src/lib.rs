@@ -16,6 +16,7 @@ pub mod liveness;
 pub mod merge;
 pub mod object;
 pub mod plan;
+pub mod shelf;
 pub mod speak;
 pub mod steady;
 pub mod world;

@@ -11,6 +11,8 @@ use tombolo_proto::model::{
     Prefix, ServiceName, ServiceType, Share,
 };
 
+use crate::shelf::Shelf;
+
 /// Names a service in every cluster of the set (namespace sameness, KEP-1645).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ServiceKey {
@@ -156,6 +158,26 @@ pub struct SliceKey {
     pub family: Family,
     /// Counts the slices of the three above.
     pub index: u32,
+}
+
+/// The slices of one service.
+pub fn slices_of<'a>(
+    slices: &'a Shelf<SliceKey, Slice>,
+    service: &ServiceKey,
+) -> impl Iterator<Item = (&'a SliceKey, &'a Slice)> + use<'a> {
+    // The first id there is.
+    let first = ClusterId::new("0").ok().map(|source| SliceKey {
+        service: service.clone(),
+        source,
+        family: Family::V4,
+        index: 0,
+    });
+    let service = service.clone();
+    first
+        .map(|first| slices.starting_at(&first))
+        .into_iter()
+        .flatten()
+        .take_while(move |(key, _)| key.service == service)
 }
 
 /// An imported EndpointSlice: one source cluster, one family, one set of ports.

@@ -13,6 +13,7 @@ use crate::liveness::PeerId;
 use crate::object::{
     Import, LocalBackends, Node, Service, ServiceExport, ServiceKey, Slice, SliceKey, TunnelNode,
 };
+use crate::shelf::Shelf;
 
 /// Which foreign traffic may come to own pods.
 #[derive(
@@ -76,6 +77,9 @@ pub struct MemberNodes {
     pub nodes: BTreeMap<NodeName, Endpoint>,
 }
 
+/// All members, by name.
+pub type Members = Shelf<ClusterId, MemberNodes>;
+
 /// What liveness and hellos say; what is not in here is not known to be bad.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Health {
@@ -115,11 +119,11 @@ pub struct NodeWorld {
     /// Own nodes by their own addresses: hostNetwork backends of this cluster are reached there from within it.
     pub hosts: Known<BTreeMap<IpAddr, NodeName>>,
     /// Every member, the own one too, verified again on this node. Unknown before the first full reading.
-    pub members: Known<BTreeMap<ClusterId, MemberNodes>>,
+    pub members: Known<Members>,
     /// ServiceImports of the own API.
-    pub imports: Known<BTreeMap<ServiceKey, Import>>,
+    pub imports: Known<Shelf<ServiceKey, Import>>,
     /// Imported EndpointSlices of the own API, the own cluster's too.
-    pub slices: Known<BTreeMap<SliceKey, Slice>>,
+    pub slices: Known<Shelf<SliceKey, Slice>>,
     /// Which ways carry.
     pub health: Health,
 }

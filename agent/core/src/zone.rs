@@ -9,9 +9,10 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::Arc;
 
 use tombolo_proto::model::{PortName, Protocol};
+
+use crate::shelf::Shelf;
 
 /// The zone, without its final dot.
 pub const APEX: &str = "clusterset.local";
@@ -35,18 +36,18 @@ const MAX_NAME: usize = 255;
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Zone {
     /// Namespace to service to entry. No namespace is empty.
-    namespaces: Arc<BTreeMap<String, BTreeMap<String, Entry>>>,
+    namespaces: Shelf<String, Shelf<String, Entry>>,
 }
 
 /// A service that has names.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Entry {
+pub(crate) enum Entry {
     ClusterSetIP(ClusterSetIP),
     Headless(Headless),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct ClusterSetIP {
+pub(crate) struct ClusterSetIP {
     v4: Vec<Ipv4Addr>,
     v6: Vec<Ipv6Addr>,
     ports: BTreeSet<Port>,
@@ -54,7 +55,7 @@ struct ClusterSetIP {
 
 /// At least one endpoint is ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Headless {
+pub(crate) struct Headless {
     /// Those of eligible clusters first, in fair order: the clusters take turns.
     hosts: Vec<Host>,
     /// How many of them the bare name answers with: at most [`MAX_HOSTS`].
@@ -221,7 +222,7 @@ impl Zone {
 
     /// How many services have names.
     pub fn services(&self) -> usize {
-        self.namespaces.values().map(BTreeMap::len).sum()
+        self.namespaces.values().map(Shelf::len).sum()
     }
 }
 

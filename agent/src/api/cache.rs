@@ -201,8 +201,8 @@ fn decode(value: &Value) -> Result<Observed, Problem> {
         nodes: nodes_here.map_or(Known::No, Known::Yes),
         members: Known::Yes(members),
         member_nodes: Known::Yes(nodes),
-        imports: Known::Yes(imports),
-        slices: Known::Yes(slices),
+        imports: Known::Yes(imports.into()),
+        slices: Known::Yes(slices.into()),
         clusterset: Known::Yes(set),
         ..Observed::default()
     })

@@ -8,6 +8,7 @@ use tombolo_agent_core::object::{
     ExportStatus, Import, LocalBackends, Node, Service, ServiceExport, ServiceKey, Slice, SliceKey,
     TunnelNode,
 };
+use tombolo_agent_core::shelf::Shelf;
 use tombolo_agent_core::world::{ClustersetRanges, Reach, Topology};
 use tombolo_proto::model::{ClusterId, Namespace, NodeName, Prefix, Record, RecordKey};
 use tombolo_proto::trust::{Digest, Envelope, SetId};
@@ -32,9 +33,9 @@ pub struct Observed {
     /// Backends of local services, out of all their EndpointSlices.
     pub backends: Known<BTreeMap<ServiceKey, LocalBackends>>,
     /// ServiceImports.
-    pub imports: Known<BTreeMap<ServiceKey, Import>>,
+    pub imports: Known<Shelf<ServiceKey, Import>>,
     /// Imported EndpointSlices.
-    pub slices: Known<BTreeMap<SliceKey, Slice>>,
+    pub slices: Known<Shelf<SliceKey, Slice>>,
     /// Clusters as the controller verified them, the own one too.
     pub members: Known<BTreeMap<ClusterId, Member>>,
     /// Records of the clusters' scope `nodes`.

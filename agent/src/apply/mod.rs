@@ -290,6 +290,8 @@ pub struct Appliers {
     attempts: BTreeMap<DeviceNumber, Attempts>,
     owners: Owners,
     writes: Arc<Writes>,
+    /// Devices, routes and rules as the last apply left them, if all of it went well.
+    settled: Option<NodeDesired>,
 }
 
 impl Appliers {
@@ -309,7 +311,16 @@ impl Appliers {
     ) -> io::Result<Self> {
         let netlink = Netlink::open(writes.clone())?;
         let nft = Nft::new(nft, writes.clone());
-        Ok(Self { netlink, driver, nft, keys, attempts: BTreeMap::new(), owners: Owners::new(), writes })
+        Ok(Self {
+            netlink,
+            driver,
+            nft,
+            keys,
+            attempts: BTreeMap::new(),
+            owners: Owners::new(),
+            writes,
+            settled: None,
+        })
     }
 
     /// Whose keys these were before this process: a node that has another one takes over from itself.
@@ -369,11 +380,39 @@ impl Appliers {
         if let Some(devices) = desired.devices.get() {
             self.remove_devices(|number| devices.contains_key(&number), &mut report).await;
         }
+        self.settled = report.is_clean().then(|| NodeDesired {
+            devices: desired.devices.clone(),
+            routes: desired.routes.clone(),
+            rules: desired.rules.clone(),
+            ..NodeDesired::default()
+        });
+        report
+    }
+
+    /// The same where nothing but `desired` can have changed since the last apply, in the kernel as little as among the
+    /// peers: what is desired as it was is not looked at.
+    pub async fn apply_news(&mut self, desired: &NodeDesired) -> Report {
+        let same = self.settled.as_ref().is_some_and(|settled| {
+            settled.devices == desired.devices
+                && settled.routes == desired.routes
+                && settled.rules == desired.rules
+        });
+        if !same {
+            return self.apply(desired).await;
+        }
+        let mut report = Report::default();
+        if let Some(firewall) = desired.firewall.get() {
+            report.extend(self.nft.apply(firewall).await);
+        }
+        if !report.is_clean() {
+            self.settled = None;
+        }
         report
     }
 
     /// Removes all that bears our marks from this node, but the keys.
     pub async fn cleanup(&mut self) -> Report {
+        self.settled = None;
         let mut report = Report::default();
         let rules = rule::read(&self.netlink).await.map_err(ApplyError::Netlink);
         if let Some(actual) = report.take(Subject::Rules, rules) {

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tombolo_agent_core::plan::Planner;
 use tombolo_agent_core::world::Health;
 use tracing::{error, info};
 
@@ -81,6 +82,7 @@ pub async fn run(
             });
         }
         let node = node::Node {
+            planner: Planner::default(),
             roster,
             health: healths,
             withheld: missed,

@@ -14,7 +14,7 @@ use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::hello::WITHHELD;
 use tombolo_agent_core::known::{Known, Section};
 use tombolo_agent_core::object::{NodeKey, TunnelNode};
-use tombolo_agent_core::plan::{self, eligible};
+use tombolo_agent_core::plan::{Planner, eligible};
 use tombolo_agent_core::steady::Steady;
 use tombolo_agent_core::world::{Health, MemberNodes, NodeWorld, Reach};
 use tombolo_agent_core::zone::Zone;
@@ -45,7 +45,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// The cache is written so often at most.
 const SAVE: Duration = Duration::from_secs(5);
 /// After it took long, so many times as long is waited.
-const SAVE_PAUSE: u32 = 20;
+const SAVE_PAUSE: u32 = 50;
 /// A slow resync heals what no event told.
 const RESYNC: Duration = Duration::from_secs(30);
 /// After a pass that failed in part; doubled up to [`RETRY_MAX`].
@@ -66,6 +66,8 @@ pub struct Node {
     pub keys: Arc<DeviceKeys>,
     /// What it starts from while the API cannot be read; none while it is being written.
     pub cache: Option<Cache>,
+    /// The plan, kept from pass to pass.
+    pub planner: Planner,
     /// To the resolver.
     pub zone: watch::Sender<Option<Arc<Zone>>>,
     /// To liveness and hellos: whom there are tunnels with.
@@ -106,6 +108,15 @@ fn from_cache(now: Arc<Observed>, cached: Option<&Arc<Observed>>) -> Arc<Observe
     Arc::new(filled)
 }
 
+/// Whether two observations differ in imports, slices and what no node works with.
+fn only_services(old: &Observed, new: &Observed) -> bool {
+    old.clusterset == new.clusterset
+        && old.members == new.members
+        && old.member_nodes == new.member_nodes
+        && old.nodes == new.nodes
+        && old.tunnel_nodes == new.tunnel_nodes
+}
+
 impl Node {
     /// Runs until `stop`, and removes nothing then.
     pub async fn run(mut self, stop: CancellationToken) -> Result<()> {
@@ -128,6 +139,10 @@ impl Node {
         let mut planned: Option<(Arc<Planned>, Vec<Finding>)> = None;
         let mut unreached: Steady<BTreeSet<ClusterId>> = Steady::default();
         let begun = Instant::now();
+        // Whether only the API said anything new, and when all was looked at last.
+        let mut news = false;
+        let mut looked: Option<Instant> = None;
+        let mut attempts = false;
         loop {
             let start = Instant::now();
             let patience = PATIENCE.saturating_sub(begun.elapsed());
@@ -140,6 +155,12 @@ impl Node {
                 continue;
             }
             let now = from_cache(observed.borrow_and_update().clone(), last.as_ref());
+            let only =
+                std::mem::take(&mut news) && last.as_ref().is_some_and(|last| only_services(last, &now));
+            let whole = !only || looked.is_none_or(|at| at.elapsed() >= ATTEMPT);
+            if whole {
+                looked = Some(start);
+            }
             last = Some(now.clone());
             let underlay = self.monitor.underlay();
             verifier.set_addresses(&underlay.addresses);
@@ -155,7 +176,7 @@ impl Node {
                         Some((planned, old)) if planned.world == world && old == findings => (planned, old),
                         _ => (self.plan(world, findings.clone()), findings),
                     };
-                    let clean = self.apply(&current.desired, start).await;
+                    let clean = self.apply(&current.desired, whole, start).await;
                     self.answer(&current.desired);
                     self.introduce(&current, &verifier);
                     if let Some(devices) = current.desired.devices.get() {
@@ -180,12 +201,15 @@ impl Node {
             let brake = start.elapsed().clamp(DEBOUNCE, BRAKE);
             let mut wait = if clean && announced && rotated {
                 retry = RETRY;
-                let attempts = match &planned {
-                    Some((planned, _)) => self.attempts(&planned.desired).await,
-                    None => false,
-                };
+                if whole {
+                    attempts = match &planned {
+                        Some((planned, _)) => self.attempts(&planned.desired).await,
+                        None => false,
+                    };
+                }
                 if attempts { ATTEMPT } else { RESYNC }
             } else {
+                looked = None;
                 let wait = retry;
                 retry = (retry * 2).min(RETRY_MAX);
                 wait
@@ -206,7 +230,10 @@ impl Node {
                     return Ok(());
                 }
                 Some(done) = saving.done() => self.saved(&mut saving, done),
-                result = observed.changed() => result.context("the cluster's API ended")?,
+                result = observed.changed() => {
+                    result.context("the cluster's API ended")?;
+                    news = true;
+                }
                 // At the end it may stop first.
                 result = self.health.changed() => if !stop.is_cancelled() { result.context("liveness ended")? },
                 result = self.withheld.changed() => if !stop.is_cancelled() { result.context("hellos ended")? },
@@ -216,7 +243,12 @@ impl Node {
             // Much to do is done less often; what is dead is not waited for.
             tokio::select! {
                 () = stop.cancelled() => {}
-                result = self.health.changed() => if !stop.is_cancelled() { result.context("liveness ended")? },
+                result = self.health.changed() => {
+                    news = false;
+                    if !stop.is_cancelled() {
+                        result.context("liveness ended")?;
+                    }
+                }
                 () = tokio::time::sleep(brake) => {}
             }
         }
@@ -394,8 +426,8 @@ impl Node {
         Some((world, findings))
     }
 
-    fn plan(&self, world: NodeWorld, mut findings: Vec<Finding>) -> Arc<Planned> {
-        let (desired, planned) = heavy(|| plan::node(&world));
+    fn plan(&mut self, world: NodeWorld, mut findings: Vec<Finding>) -> Arc<Planned> {
+        let (desired, planned) = heavy(|| self.planner.plan(&world));
         findings.extend(planned);
         findings.sort();
         findings.dedup();
@@ -440,11 +472,15 @@ impl Node {
         });
     }
 
-    async fn apply(&mut self, desired: &NodeDesired, start: Instant) -> bool {
+    /// `whole`: more than what is desired may have changed.
+    async fn apply(&mut self, desired: &NodeDesired, whole: bool, start: Instant) -> bool {
         let metrics = &self.shown.metrics;
         let written = self.appliers.writes();
         let before = written.counts().total();
-        let mut report = self.appliers.apply(desired).await;
+        let mut report = match whole {
+            true => self.appliers.apply(desired).await,
+            false => self.appliers.apply_news(desired).await,
+        };
         if self.renew(&report.behind) {
             let behind = std::mem::take(&mut report.behind);
             report = self.appliers.apply(desired).await;
@@ -632,8 +668,8 @@ mod tests {
                 )]
                 .into(),
             ),
-            imports: Known::Yes(BTreeMap::new()),
-            slices: Known::Yes(BTreeMap::new()),
+            imports: Known::Yes([].into()),
+            slices: Known::Yes([].into()),
             ..Observed::default()
         };
         let mut last = Some(Arc::new(known("start")));

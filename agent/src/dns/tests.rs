@@ -13,6 +13,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use tokio::sync::watch;
 use tombolo_agent_core::object::{Import, ServiceKey, Slice, SliceKey};
+use tombolo_agent_core::shelf::Shelf;
 use tombolo_agent_core::zone::Zone;
 use tombolo_proto::model::{Backend, Family, Port, Protocol, ServiceType};
 
@@ -53,7 +54,7 @@ fn zone() -> Zone {
         terminating: false,
     };
     let (http, sql) = (port("http", 80), port("sql", 5432));
-    let imports = BTreeMap::from([
+    let imports = Shelf::from([
         (service("web"), import(ServiceType::ClusterSetIP, &["198.19.0.5", "fd19::5"], &[http])),
         (service("db"), import(ServiceType::Headless, &[], std::slice::from_ref(&sql))),
         (service("big"), import(ServiceType::Headless, &[], std::slice::from_ref(&sql))),
@@ -63,7 +64,7 @@ fn zone() -> Zone {
         (key, Slice { ports: vec![sql.clone()], backends })
     };
     let big = |at: u32| Some(format!("a-host-with-a-rather-long-name-{at}"));
-    let slices = BTreeMap::from([
+    let slices = Shelf::from([
         slice("db", "east", Family::V4, vec![backend("10.1.0.1".into(), Some("db-0".into()))]),
         slice("db", "east", Family::V6, vec![backend("fd01::1".into(), Some("db-0".into()))]),
         slice("db", "west", Family::V4, vec![backend("10.2.0.1".into(), None)]),

@@ -8,7 +8,7 @@ use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::known::Known;
 use tombolo_agent_core::object::Node;
 use tombolo_agent_core::plan::is_stated;
-use tombolo_agent_core::world::MemberNodes;
+use tombolo_agent_core::world::{self, MemberNodes};
 use tombolo_proto::model::{ClusterId, Endpoint, NodeName, Position, Prefix, Record, RecordKey, record_kind};
 use tombolo_proto::trust::{
     Digest, Effective, Envelope, Membership, Refused, Revocations, RootChain, SetId, Statement, Verified,
@@ -31,7 +31,7 @@ struct Input {
 #[derive(Clone, PartialEq)]
 pub struct Members {
     /// By cluster, the own one too unless it was revoked.
-    pub nodes: BTreeMap<ClusterId, MemberNodes>,
+    pub nodes: world::Members,
     /// Whether they may be acted upon: the own membership is verified, or known to be revoked. Else something here
     /// is damaged, and nothing may go because of that.
     pub usable: bool,
@@ -154,7 +154,7 @@ impl Held {
         }
         let mut findings = Vec::new();
         let Some(roots) = self.roots(&input.clusterset, &mut findings) else {
-            return Members { nodes: BTreeMap::new(), usable: false, findings };
+            return Members { nodes: world::Members::new(), usable: false, findings };
         };
         self.revocations(&roots, &input.clusterset, &mut findings);
 
@@ -188,7 +188,7 @@ impl Held {
         let memberships = self.clusters.values().flat_map(|good| good.memberships.values());
         let Effective { members, refused } = effective(memberships, None, Some(us), &input.ours);
         findings.extend(refused.iter().map(refused_finding));
-        let mut nodes = BTreeMap::new();
+        let mut nodes = world::Members::new();
         for (cluster, effective) in members {
             let spoken = self.clusters.get(&cluster).and_then(|good| good.spoken.as_ref());
             findings.extend(spoken.into_iter().flat_map(|s| s.findings.iter().cloned()));
@@ -211,7 +211,7 @@ impl Held {
             });
             findings.sort();
             findings.dedup();
-            return Members { nodes: BTreeMap::new(), usable: true, findings };
+            return Members { nodes: world::Members::new(), usable: true, findings };
         }
         self.ended &= !nodes.contains_key(us);
         let usable = nodes.contains_key(us) || self.ended;

@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 
 use tombolo_agent::dns::{Over, answer};
 use tombolo_agent_core::object::{Import, ServiceKey, Slice, SliceKey};
+use tombolo_agent_core::shelf::Shelf;
 use tombolo_agent_core::zone::Zone;
 use tombolo_proto::model::{Backend, Family, Port, Protocol, ServiceType};
 
@@ -55,7 +56,7 @@ fn zone() -> Zone {
         serving: true,
         terminating: false,
     };
-    let imports = BTreeMap::from([
+    let imports = Shelf::from([
         (service("web"), import(ServiceType::ClusterSetIP, &["198.19.0.5", "fd19::5"])),
         (service("db"), import(ServiceType::Headless, &[])),
     ]);
@@ -66,5 +67,5 @@ fn zone() -> Zone {
         index: 0,
     };
     let slice = Slice { ports: vec![port.clone()], backends: (0..100).map(backend).collect() };
-    Zone::build(&imports, &BTreeMap::from([(key, slice)]))
+    Zone::build(&imports, &[(key, slice)].into())
 }

@@ -64,7 +64,13 @@ impl Shared {
 
 /// A runtime whose sockets are in a place.
 pub fn runtime(lab: &Lab, place: &str) -> Result<Runtime> {
-    let build = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let build = || {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder.on_thread_start(|| {
+            let _ = tombolo_lab::machine::step_back();
+        });
+        builder.thread_name("liar").worker_threads(1).enable_all().build()
+    };
     Ok(lab.place(place)?.run(build)??)
 }
 

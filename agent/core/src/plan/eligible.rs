@@ -8,7 +8,7 @@ use tombolo_proto::model::{ClusterId, DeviceFamily, DeviceNumber, Family, Port, 
 
 use crate::desired::TunnelDevice;
 use crate::object::{Import, Preferences, Slice, SliceKey};
-use crate::world::NodeWorld;
+use crate::world::{Members, NodeWorld};
 
 /// Why a cluster's ready backends of a service are, or are not, used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -100,7 +100,7 @@ pub(crate) fn target<'a>(slice: &'a Slice, port: &Port) -> Option<&'a Port> {
 
 /// Clusters that no way from this node leads to, of whom it is known.
 pub fn unreached(world: &NodeWorld, devices: &BTreeMap<DeviceNumber, TunnelDevice>) -> BTreeSet<ClusterId> {
-    let clusters = world.members.get().into_iter().flat_map(BTreeMap::keys);
+    let clusters = world.members.get().into_iter().flat_map(Members::keys);
     clusters.filter(|cluster| !reaches(world, devices, cluster)).cloned().collect()
 }
 

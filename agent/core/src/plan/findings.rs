@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use crate::finding::{Finding, Severity};
 
 /// Findings of one plan: in order, without repetition, bounded.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Findings(BTreeSet<Finding>);
 
 impl Findings {
@@ -31,6 +31,19 @@ impl Findings {
         if self.0.len() > Self::MAX {
             self.0.pop_last();
         }
+    }
+
+    pub(crate) fn extend(&mut self, other: &Self) {
+        for finding in &other.0 {
+            self.0.insert(finding.clone());
+            if self.0.len() > Self::MAX {
+                self.0.pop_last();
+            }
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     pub(crate) fn into_vec(self) -> Vec<Finding> {

@@ -9,8 +9,10 @@ mod export;
 mod findings;
 mod firewall;
 mod hash;
+mod local;
 mod peer;
 pub mod piece;
+mod planner;
 mod rank;
 mod roster;
 mod route;
@@ -28,16 +30,15 @@ use std::collections::BTreeMap;
 use tombolo_proto::model::{Endpoint, NodeName, Record, RecordKey, Scope, record_kind};
 use tombolo_proto::wire;
 
-use self::eligible::View;
 pub use self::endpoint::is_stated;
 use self::findings::Findings;
 pub(crate) use self::hash::stable as stable_hash;
+pub use self::planner::Planner;
 use self::service::Sources;
 use crate::desired::{ClusterDesired, NodeDesired};
 use crate::finding::Finding;
 use crate::known::Section;
 use crate::world::{ClusterWorld, NodeWorld};
-use crate::zone::Zone;
 
 /// Plans a node.
 ///
@@ -45,40 +46,7 @@ use crate::zone::Zone;
 /// since nothing may come in before the firewall knows what is exported. Only a cluster that is known to be no member
 /// (any longer) has no tunnels at once.
 pub fn node(world: &NodeWorld) -> (NodeDesired, Vec<Finding>) {
-    let mut findings = Findings::default();
-    let desired = plan_node(world, &mut findings);
-    (desired, findings.into_vec())
-}
-
-fn plan_node(world: &NodeWorld, findings: &mut Findings) -> NodeDesired {
-    let mut desired = NodeDesired::default();
-    let Some(members) = world.members.get() else { return desired };
-    if !members.contains_key(&world.cluster) {
-        desired.devices = Section::Set(Default::default());
-        desired.routes = Section::Set(Default::default());
-        desired.rules = Section::Set(Default::default());
-    }
-    let (Some(imports), Some(slices), Some(hosts)) =
-        (world.imports.get(), world.slices.get(), world.hosts.get())
-    else {
-        return desired;
-    };
-    let imports = &*vip::honest(world, imports, findings);
-    let slices = backend::owned(slices, members, (&world.cluster, hosts), findings);
-    let stations = roster::stations(world, members, findings);
-    let devices = peer::devices(world, members, &stations, findings);
-    let unreached = eligible::unreached(world, &devices);
-    let view = View { cluster: &world.cluster, unreached: &unreached };
-    desired.zone = Section::Set(Zone::eligible(imports, &slices, view));
-    let firewall = firewall::firewall(world, members, &stations, hosts, view, (imports, &*slices), findings);
-    desired.firewall = Section::Set(firewall);
-    if members.contains_key(&world.cluster) {
-        let routes = route::routes(world, members, &stations, &devices, findings);
-        desired.rules = Section::Set(rule::rules(&routes, &devices));
-        desired.devices = Section::Set(devices);
-        desired.routes = Section::Set(routes);
-    }
-    desired
+    Planner::default().plan(world)
 }
 
 /// Plans the cluster's objects and statement.

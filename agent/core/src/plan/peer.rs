@@ -13,7 +13,7 @@ use super::findings::Findings;
 use super::roster::{Station, Stations};
 use crate::desired::{Peer, TunnelDevice};
 use crate::object::NodeKey;
-use crate::world::{MemberNodes, NodeWorld};
+use crate::world::{MemberNodes, Members, NodeWorld};
 
 /// What a tunnel takes of each packet: IPv6 and UDP headers, WireGuard's own (32) with room for padding.
 const OVERHEAD: u16 = 80;
@@ -37,7 +37,7 @@ pub(crate) fn mtu(world: &NodeWorld, findings: &mut Findings) -> u16 {
 /// Plans the devices of this node.
 pub(crate) fn devices(
     world: &NodeWorld,
-    members: &BTreeMap<ClusterId, MemberNodes>,
+    members: &Members,
     stations: &BTreeMap<&ClusterId, Stations<'_>>,
     findings: &mut Findings,
 ) -> BTreeMap<DeviceNumber, TunnelDevice> {

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use tombolo_proto::model::{ClusterId, Endpoint, NodeName, Prefix, Rank};
 
 use super::findings::Findings;
-use crate::world::{MemberNodes, NodeWorld};
+use crate::world::{MemberNodes, Members, NodeWorld};
 
 /// What is left of a node's claims.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -48,7 +48,7 @@ pub(crate) type Stations<'a> = BTreeMap<&'a NodeName, Station<'a>>;
 /// meshed first.
 pub(crate) fn stations<'a>(
     world: &NodeWorld,
-    members: &'a BTreeMap<ClusterId, MemberNodes>,
+    members: &'a Members,
     findings: &mut Findings,
 ) -> BTreeMap<&'a ClusterId, Stations<'a>> {
     let me = members.get(&world.cluster).and_then(|own| own.nodes.get(&world.node));

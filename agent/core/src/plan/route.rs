@@ -8,12 +8,12 @@ use tombolo_proto::model::{ClusterId, DeviceFamily, DeviceNumber, Family, Lane, 
 use super::findings::Findings;
 use super::roster::Stations;
 use crate::desired::{Peer, Route, TABLE_IN, TABLE_OUT, TunnelDevice, Via};
-use crate::world::{Health, MemberNodes, NodeWorld};
+use crate::world::{Health, Members, NodeWorld};
 
 /// Plans the routes of this node over the slots that are not known to be dead.
 pub(crate) fn routes(
     world: &NodeWorld,
-    members: &BTreeMap<ClusterId, MemberNodes>,
+    members: &Members,
     stations: &BTreeMap<&ClusterId, Stations<'_>>,
     devices: &BTreeMap<DeviceNumber, TunnelDevice>,
     findings: &mut Findings,

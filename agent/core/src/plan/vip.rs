@@ -1,18 +1,16 @@
 //! ClusterSetIPs that nodes of a directory balance themselves. Under Kubernetes derived Services do.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 
-use tombolo_proto::model::{ClusterId, Family, ServiceType};
+use tombolo_proto::model::{ClusterId, Family, NodeName, ServiceType};
 
 use super::eligible::{Verdict, View, target};
-use super::findings::Findings;
 use super::hash::{octets, stable};
 use crate::desired::{Balance, Vip};
-use crate::object::{Import, ServiceKey, Slice, SliceKey};
-use crate::world::{ClustersetRanges, NodeWorld};
+use crate::object::{Import, Slice, SliceKey};
+use crate::world::ClustersetRanges;
 
 /// Entries of a VIP's backends on one node: one nft chain for each count.
 const MAX_ENTRIES: usize = 64;
@@ -26,74 +24,34 @@ pub(crate) fn is_vip(ranges: &ClustersetRanges, address: IpAddr) -> bool {
     inside && !ranges.resolvers().any(|resolver| resolver == address)
 }
 
-/// The imports with only those ClusterSetIPs that are one: in this cluster's range, and of two imports that bear one
-/// address the lower name's. VIPs and names use the result (law 2). Under Kubernetes the API sees to that.
-pub(crate) fn honest<'a>(
-    world: &NodeWorld,
-    imports: &'a BTreeMap<ServiceKey, Import>,
-    findings: &mut Findings,
-) -> Cow<'a, BTreeMap<ServiceKey, Import>> {
-    let mut result = Cow::Borrowed(imports);
-    let Some(ranges) = &world.clusterset else { return result };
-    let mut holders: BTreeMap<IpAddr, &ServiceKey> = BTreeMap::new();
-    for (key, import) in imports.iter().filter(|(_, i)| i.kind == ServiceType::ClusterSetIP) {
-        let mut good = |&ip: &IpAddr| {
-            if !is_vip(ranges, ip) {
-                let text = format!("{ip} is not in this cluster's ClusterSetIP range; it is not used");
-                findings.error("ClusterSetIPOutsideRange", format!("serviceimport {key}"), text);
-                return false;
-            }
-            let holder = *holders.entry(ip).or_insert(key);
-            if holder != key {
-                let text = format!("{ip} is already {holder}'s; it stays there");
-                findings.error("ClusterSetIPTwice", format!("serviceimport {key}"), text);
-            }
-            holder == key
-        };
-        let ips: Vec<IpAddr> = import.ips.iter().copied().filter(&mut good).collect();
-        if ips.len() < import.ips.len()
-            && let Some(import) = result.to_mut().get_mut(key)
-        {
-            import.ips = ips;
-        }
-    }
-    result
-}
-
-/// Plans where the connections of every VIP go: to eligible backends of clusters that expose the port (mcs 20, 28).
+/// Plans where the connections of a service's VIPs go: to eligible backends of clusters that expose the port (mcs 20,
+/// 28). `node` is this one.
 pub(crate) fn vips(
-    world: &NodeWorld,
+    node: &NodeName,
     view: View<'_>,
-    imports: &BTreeMap<ServiceKey, Import>,
-    slices: &BTreeMap<SliceKey, Slice>,
+    import: &Import,
+    slices: &[(&SliceKey, &Slice)],
 ) -> BTreeMap<Vip, Balance> {
     let mut vips = BTreeMap::new();
-    if world.clusterset.is_none() {
+    if import.kind != ServiceType::ClusterSetIP {
         return vips;
     }
-    let mut by_service: BTreeMap<&ServiceKey, Vec<(&SliceKey, &Slice)>> = BTreeMap::new();
-    for (key, slice) in slices {
-        by_service.entry(&key.service).or_default().push((key, slice));
-    }
-    for (key, import) in imports.iter().filter(|(_, i)| i.kind == ServiceType::ClusterSetIP) {
-        let slices = by_service.get(key).map(Vec::as_slice).unwrap_or_default();
-        for &ip in &import.ips {
-            for port in &import.ports {
-                let verdicts = view.of_port(import, slices, port, Family::of(ip));
-                let mut clusters: BTreeMap<&ClusterId, BTreeSet<Target>> = BTreeMap::new();
-                for (key, slice) in slices.iter().filter(|(k, _)| k.family == Family::of(ip)) {
-                    if verdicts.get(&key.source) == Some(&Verdict::Used)
-                        && let Some(target) = target(slice, port)
-                    {
-                        let ready = slice.backends.iter().filter(|b| b.ready);
-                        let place = clusters.entry(&key.source).or_default();
-                        place.extend(ready.map(|b| (b.address, target.port)));
-                    }
+    for &ip in &import.ips {
+        for port in &import.ports {
+            let verdicts = view.of_port(import, slices, port, Family::of(ip));
+            let mut clusters: BTreeMap<&ClusterId, BTreeSet<Target>> = BTreeMap::new();
+            for (key, slice) in slices.iter().filter(|(k, _)| k.family == Family::of(ip)) {
+                if verdicts.get(&key.source) == Some(&Verdict::Used)
+                    && let Some(target) = target(slice, port)
+                {
+                    let ready = slice.backends.iter().filter(|b| b.ready);
+                    let place = clusters.entry(&key.source).or_default();
+                    place.extend(ready.map(|b| (b.address, target.port)));
                 }
-                let vip = Vip { address: ip, protocol: port.protocol, port: port.port };
-                let backends = share_out(world, &vip, import, clusters);
-                vips.insert(vip, Balance { backends, affinity: import.affinity });
             }
+            let vip = Vip { address: ip, protocol: port.protocol, port: port.port };
+            let backends = share_out(node, &vip, import, clusters);
+            vips.insert(vip, Balance { backends, affinity: import.affinity });
         }
     }
     vips
@@ -104,7 +62,7 @@ type Target = (IpAddr, u16);
 /// Gives each backend its entries, at most [`MAX_ENTRIES`] together: one each, or in proportion to the weights of their
 /// clusters.
 fn share_out(
-    world: &NodeWorld,
+    node: &NodeName,
     vip: &Vip,
     import: &Import,
     clusters: BTreeMap<&ClusterId, BTreeSet<Target>>,
@@ -119,7 +77,7 @@ fn share_out(
     if equal || parts.len() > MAX_ENTRIES {
         let all = parts.into_iter().flat_map(|(_, list)| list).collect::<BTreeSet<_>>();
         let count = all.len().min(MAX_ENTRIES);
-        give(world, vip, count, all, &mut entries);
+        give(node, vip, count, all, &mut entries);
         return entries;
     }
     let counts = if sum <= MAX_ENTRIES {
@@ -128,7 +86,7 @@ fn share_out(
         apportion(&parts.iter().map(|(part, _)| *part).collect::<Vec<_>>())
     };
     for ((_, list), count) in parts.into_iter().zip(counts) {
-        give(world, vip, count, list, &mut entries);
+        give(node, vip, count, list, &mut entries);
     }
     entries
 }
@@ -157,7 +115,7 @@ fn apportion(parts: &[usize]) -> Vec<usize> {
 /// Gives `count` entries to backends, as evenly as can be. Where not all get the same, each node prefers others
 /// (rendezvous hashing with its name), so that all together use all alike, and one that comes or goes moves no other.
 fn give(
-    world: &NodeWorld,
+    node: &NodeName,
     vip: &Vip,
     count: usize,
     backends: BTreeSet<Target>,
@@ -169,7 +127,7 @@ fn give(
     let (each, more) = (count / backends.len(), count % backends.len());
     let weigh = |(address, port): &Target| {
         stable(&[
-            world.node.as_str().as_bytes(),
+            node.as_str().as_bytes(),
             &octets(vip.address),
             &vip.port.to_be_bytes(),
             &octets(*address),

@@ -2,58 +2,68 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::Arc;
 
 use tombolo_proto::model::{self, Backend, ClusterId, Family, ServiceType};
 
 use super::{ClusterSetIP, Entry, Headless, Host, MAX_HOSTS, MAX_NAME, Port, Target, Zone};
-use crate::object::{Import, ServiceKey, Slice, SliceKey};
+use crate::object::{Import, ServiceKey, Slice, SliceKey, slices_of};
 use crate::plan::eligible::{Verdict, View};
+use crate::shelf::Shelf;
 
 impl Zone {
     /// The zone of these ServiceImports and imported EndpointSlices. Whether an address may be spoken for was
     /// decided before: all of them are believed.
-    pub fn build(imports: &BTreeMap<ServiceKey, Import>, slices: &BTreeMap<SliceKey, Slice>) -> Self {
-        Self::choose(imports, slices, |_, ready| ready.clone())
+    pub fn build(imports: &Shelf<ServiceKey, Import>, slices: &Shelf<SliceKey, Slice>) -> Self {
+        let mut zone = Self::default();
+        for (key, import) in imports {
+            let slices: Vec<_> = slices_of(slices, key).collect();
+            zone.set(key, entry(key, import, &slices, |ready| ready.clone()));
+        }
+        zone
     }
 
-    /// The same; of a headless service the bare name answers only with the endpoints of clusters that `eligible` judges to
-    /// be used. A name that names one endpoint leaves no choice, and answers with it whatever was decided.
-    pub fn eligible(
-        imports: &BTreeMap<ServiceKey, Import>,
-        slices: &BTreeMap<SliceKey, Slice>,
+    /// Gives a service these names, or none.
+    pub(crate) fn set(&mut self, key: &ServiceKey, entry: Option<Entry>) {
+        let (namespace, name) = (key.namespace.as_str(), key.name.as_str());
+        let mut services = self.namespaces.get(namespace).cloned().unwrap_or_default();
+        match entry {
+            Some(entry) => services.insert(name.to_owned(), entry),
+            None if !services.remove(name) => return,
+            None => {}
+        }
+        if services.is_empty() {
+            self.namespaces.remove(namespace);
+        } else {
+            self.namespaces.insert(namespace.to_owned(), services);
+        }
+    }
+}
+
+impl Entry {
+    /// The names of a service. Of a headless one the bare name answers only with the endpoints of clusters that `view`
+    /// judges to be used. A name that names one endpoint leaves no choice, and answers with it whatever was decided.
+    pub(crate) fn eligible(
+        key: &ServiceKey,
+        import: &Import,
+        slices: &[(&SliceKey, &Slice)],
         view: View<'_>,
-    ) -> Self {
-        Self::choose(imports, slices, |import, ready| {
+    ) -> Option<Self> {
+        entry(key, import, slices, |ready| {
             let verdicts = view.eligible(&import.preferences, ready);
             verdicts.into_iter().filter(|(_, verdict)| *verdict == Verdict::Used).map(|(c, _)| c).collect()
         })
     }
+}
 
-    fn choose(
-        imports: &BTreeMap<ServiceKey, Import>,
-        slices: &BTreeMap<SliceKey, Slice>,
-        used: impl for<'c> Fn(&Import, &BTreeSet<&'c ClusterId>) -> BTreeSet<&'c ClusterId>,
-    ) -> Self {
-        let mut of_service: BTreeMap<&ServiceKey, Vec<(&SliceKey, &Slice)>> = BTreeMap::new();
-        for (key, slice) in slices {
-            of_service.entry(&key.service).or_default().push((key, slice));
-        }
-        let mut namespaces: BTreeMap<String, BTreeMap<String, Entry>> = BTreeMap::new();
-        for (key, import) in imports {
-            let entry = match import.kind {
-                ServiceType::ClusterSetIP => Some(Entry::ClusterSetIP(clusterset_ip(import))),
-                ServiceType::Headless => {
-                    let slices = of_service.get(key).map(Vec::as_slice).unwrap_or_default();
-                    headless(key, slices, |ready| used(import, ready)).map(Entry::Headless)
-                }
-            };
-            if let Some(entry) = entry {
-                let services = namespaces.entry(key.namespace.as_str().to_owned()).or_default();
-                services.insert(key.name.as_str().to_owned(), entry);
-            }
-        }
-        Self { namespaces: Arc::new(namespaces) }
+fn entry(
+    key: &ServiceKey,
+    import: &Import,
+    slices: &[(&SliceKey, &Slice)],
+    used: impl for<'c> Fn(&BTreeSet<&'c ClusterId>) -> BTreeSet<&'c ClusterId>,
+) -> Option<Entry> {
+    match import.kind {
+        ServiceType::ClusterSetIP => Some(Entry::ClusterSetIP(clusterset_ip(import))),
+        ServiceType::Headless => headless(key, slices, used).map(Entry::Headless),
     }
 }
 

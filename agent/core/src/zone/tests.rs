@@ -99,7 +99,7 @@ fn vip() -> Zone {
         port("", Protocol::Tcp, 9),
     ];
     let import = import(ServiceType::ClusterSetIP, &["198.19.0.5", "fd19::5"], ports);
-    Zone::build(&[(service("shop", "web"), import)].into(), &BTreeMap::new())
+    Zone::build(&[(service("shop", "web"), import)].into(), &Shelf::new())
 }
 
 fn headless() -> Zone {
@@ -386,8 +386,9 @@ fn any_name() -> impl Strategy<Value = Option<String>> {
 proptest! {
     #[test]
     fn equals_the_naive_zone(imports in any_imports(), slices in any_slices(), other in any_name(), turn: u32) {
-        let (zone, naive) = (Zone::build(&imports, &slices), Naive::build(&imports, &slices));
-        prop_assert_eq!(&zone, &Zone::build(&imports, &slices));
+        let shelves = (imports.clone().into(), slices.clone().into());
+        let (zone, naive) = (Zone::build(&shelves.0, &shelves.1), Naive::build(&imports, &slices));
+        prop_assert_eq!(&zone, &Zone::build(&shelves.0, &shelves.1));
         let mut names: BTreeSet<String> = other.into_iter().filter(|name| !name.contains("..")).collect();
         names = names.into_iter().map(|name| name.trim_matches('.').to_owned()).collect();
         for (owner, _) in &naive.0 {

@@ -16,7 +16,8 @@ use crate::api::observed::Observed;
 /// One side of a directory: objects with the file they stand in, by path and then by place in the file.
 pub(super) type Objects<'a> = Option<Vec<(&'a str, &'a ObjectId, &'a Arc<Object>)>>;
 
-/// Puts both sides together. A side that could not be read is None, and its kinds are unknown.
+/// Puts both sides together, all but imports and imported slices. A side that could not be read is None, and its kinds
+/// are unknown.
 pub(super) fn assemble(manifests: &Objects<'_>, state: &Objects<'_>, findings: Vec<Finding>) -> Observed {
     let mut observed = Observed { findings, ..Observed::default() };
     let mut created = None;
@@ -36,7 +37,7 @@ fn take_state(
     observed: &mut Observed,
     objects: &[(&str, &ObjectId, &Arc<Object>)],
 ) -> BTreeMap<ServiceKey, u64> {
-    let (mut statuses, mut imports, mut slices) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+    let mut statuses = BTreeMap::new();
     let (mut members, mut tunnel_nodes) = (BTreeMap::new(), BTreeMap::new());
     let mut member_nodes: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
     let (mut cluster_set, mut created) = (None, BTreeMap::new());
@@ -45,12 +46,6 @@ fn take_state(
             Object::ExportRecord(key, at, status) => {
                 created.insert(key.clone(), *at);
                 statuses.insert(key.clone(), status.clone());
-            }
-            Object::Import(key, value) => {
-                imports.insert(key.clone(), value.clone());
-            }
-            Object::Slice(key, value) => {
-                slices.insert(key.clone(), value.clone());
             }
             Object::Member(cluster, value) => {
                 members.insert(cluster.clone(), value.clone());
@@ -68,12 +63,12 @@ fn take_state(
             | Object::Service(..)
             | Object::LocalSlice(_)
             | Object::Export(..)
+            | Object::Import(..)
+            | Object::Slice(..)
             | Object::Other => {}
         }
     }
     observed.statuses = Known::Yes(statuses);
-    observed.imports = Known::Yes(imports);
-    observed.slices = Known::Yes(slices);
     observed.members = Known::Yes(members);
     observed.member_nodes = Known::Yes(member_nodes);
     observed.tunnel_nodes = Known::Yes(tunnel_nodes);

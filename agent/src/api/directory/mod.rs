@@ -10,6 +10,7 @@ mod memory;
 mod object;
 mod reader;
 mod rotate;
+mod shown;
 mod store;
 mod tree;
 mod watch;

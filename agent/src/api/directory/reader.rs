@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tombolo_agent_core::finding::Finding;
+use tombolo_agent_core::known::Known;
 
 use super::assemble::{self, assemble};
 use super::memory::Memory;
 use super::object::{self, Object};
+use super::shown::{Key, Services};
 use super::tree::{self, ReadError, Stamp};
 use super::{MANIFESTS, STATE, document};
 use crate::api::kind::{Kind, ObjectId, ObjectName, Problem};
@@ -38,6 +40,8 @@ pub(super) enum Half {
 pub(super) struct Reader {
     manifests: Side,
     state: Side,
+    /// All but imports and slices, until any of it changes.
+    assembled: Option<Observed>,
 }
 
 struct Side {
@@ -48,6 +52,12 @@ struct Side {
     findings: Vec<Finding>,
     dirs: BTreeSet<String>,
     memory: Option<Memory>,
+    /// Imports and slices of the files.
+    services: Services,
+    /// Files with anything else: other objects, or something wrong.
+    others: BTreeSet<String>,
+    /// Something of `others`, or of the side as a whole, changed.
+    changed: bool,
 }
 
 struct Content {
@@ -69,8 +79,12 @@ impl Reader {
             findings: Vec::new(),
             dirs: BTreeSet::new(),
             memory: None,
+            services: Services::default(),
+            others: BTreeSet::new(),
+            changed: true,
         };
-        Self { manifests: side(Half::Manifests, MANIFESTS), state: side(Half::State, STATE) }
+        let (manifests, state) = (side(Half::Manifests, MANIFESTS), side(Half::State, STATE));
+        Self { manifests, state, assembled: None }
     }
 
     /// Remembers over restarts what manifests said when they were last good.
@@ -106,14 +120,29 @@ impl Reader {
             .flat_map(move |side| side.dirs.iter().map(move |dir| (of(side), dir.as_str())))
     }
 
-    /// All of it.
-    pub(super) fn observed(&self) -> Observed {
-        let mut findings = Vec::new();
-        for side in [&self.manifests, &self.state] {
-            findings.extend(side.findings.iter().cloned());
-            findings.extend(side.files.values().flat_map(|f| f.findings.iter().cloned()));
+    /// All of it. What did not change since the last time is not looked at.
+    pub(super) fn observed(&mut self) -> Observed {
+        let mut changed = false;
+        for side in [&mut self.manifests, &mut self.state] {
+            changed |= std::mem::take(&mut side.changed);
         }
-        assemble(&self.manifests.objects(), &self.state.objects(), findings)
+        let mut observed = match self.assembled.take() {
+            Some(assembled) if !changed => assembled,
+            _ => {
+                let mut findings = Vec::new();
+                for side in [&self.manifests, &self.state] {
+                    findings.extend(side.findings.iter().cloned());
+                    findings.extend(side.others().flat_map(|(_, content)| content.findings.iter().cloned()));
+                }
+                assemble(&self.manifests.objects(), &self.state.objects(), findings)
+            }
+        };
+        self.assembled = Some(observed.clone());
+        if self.state.known {
+            observed.imports = Known::Yes(self.state.services.imports.clone());
+            observed.slices = Known::Yes(self.state.services.slices.clone());
+        }
+        observed
     }
 
     /// In which manifest files an object stands.
@@ -154,13 +183,29 @@ impl Half {
     }
 }
 
+impl Content {
+    fn keys(&self) -> BTreeSet<Key> {
+        self.items.iter().filter_map(|(_, object)| Key::of(object)).collect()
+    }
+
+    fn has_others(&self) -> bool {
+        !self.findings.is_empty() || self.items.iter().any(|(_, object)| Key::of(object).is_none())
+    }
+}
+
 impl Side {
     fn scan(&mut self, closed: &BTreeSet<(Half, String)>) -> bool {
+        let before = (self.known, std::mem::take(&mut self.findings));
+        let again = self.scan_files(closed);
+        self.changed |= before.0 != self.known || before.1 != self.findings;
+        again
+    }
+
+    fn scan_files(&mut self, closed: &BTreeSet<(Half, String)>) -> bool {
         let max = match self.half {
             Half::Manifests => MAX_MANIFESTS,
             Half::State => MAX_STATE,
         };
-        self.findings.clear();
         let listing = match tree::list(&self.top, self.half.endings(), max) {
             Ok(listing) => listing,
             Err(error) => {
@@ -187,7 +232,8 @@ impl Side {
             })
         };
         let stays = |path: &str| listing.files.contains_key(path) || unknown(path);
-        self.files.retain(|path, _| stays(path));
+        let gone: Vec<String> = self.files.keys().filter(|path| !stays(path)).cloned().collect();
+        gone.iter().for_each(|path| self.put(path, None));
         if !self.known
             && let Some(memory) = &self.memory
         {
@@ -256,7 +302,7 @@ impl Side {
         let (stamp, bytes) = match tree::read(&self.top, path) {
             Ok(read) => read,
             Err(ReadError::Gone) => {
-                self.files.remove(path);
+                self.put(path, None);
                 if let Some(memory) = &self.memory {
                     memory.forget(path);
                 }
@@ -269,8 +315,7 @@ impl Side {
                 let lost = io && items.is_empty() && !self.was_read(path) && !self.half.is_made_anew(path);
                 let mut findings = vec![error.problem().on(format!("file {place}"), &place)];
                 kept(&mut findings, !items.is_empty());
-                self.files
-                    .insert(path.to_owned(), Content { stamp: None, young: false, items, findings, lost });
+                self.put(path, Some(Content { stamp: None, young: false, items, findings, lost }));
                 return;
             }
         };
@@ -300,7 +345,34 @@ impl Side {
         let young = stamp.age() < GRAIN || stamp.is_ahead();
         let content =
             Content { stamp: Some(stamp), young, items: parsed.items, findings: parsed.findings, lost };
-        self.files.insert(path.to_owned(), content);
+        self.put(path, Some(content));
+    }
+
+    /// What a file holds now; None: there is none.
+    fn put(&mut self, path: &str, content: Option<Content>) {
+        let new = content.as_ref().is_some_and(Content::has_others);
+        let keys = content.as_ref().map(Content::keys).unwrap_or_default();
+        let old = match content {
+            Some(content) => self.files.insert(path.to_owned(), content),
+            None => self.files.remove(path),
+        };
+        self.changed |= new || self.others.contains(path);
+        if new {
+            self.others.insert(path.to_owned());
+        } else {
+            self.others.remove(path);
+        }
+        let before = old.as_ref().map(Content::keys).unwrap_or_default();
+        let files = &self.files;
+        let object = |path: &str, key: &Key| {
+            let items = files.get(path).into_iter().flat_map(|content| &content.items);
+            items.map(|(_, object)| &**object).rfind(|object| Key::of(object).as_ref() == Some(key))
+        };
+        self.services.change(path, before, &keys, object);
+    }
+
+    fn others(&self) -> impl Iterator<Item = (&str, &Content)> {
+        self.others.iter().filter_map(|path| Some((path.as_str(), self.files.get(path)?)))
     }
 
     /// Whether a file was read before, be it empty.
@@ -320,13 +392,11 @@ impl Side {
         }
     }
 
+    /// All but imports and slices.
     fn objects(&self) -> assemble::Objects<'_> {
         self.known.then(|| {
-            self.files
-                .iter()
-                .flat_map(|(path, content)| {
-                    content.items.iter().map(move |(id, object)| (path.as_str(), id, object))
-                })
+            self.others()
+                .flat_map(|(path, content)| content.items.iter().map(move |(id, object)| (path, id, object)))
                 .collect()
         })
     }

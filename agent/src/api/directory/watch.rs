@@ -272,7 +272,7 @@ impl Watcher {
         new
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
         let mut observed = self.reader.observed();
         if let Some(error) = self.refused {
             observed.findings.push(Finding {

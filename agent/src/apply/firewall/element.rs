@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::Value;
-use tombolo_agent_core::desired::{Firewall, Vip};
+use tombolo_agent_core::desired::{Balance, Firewall, Vip};
 use tombolo_agent_core::world::Reach;
 use tombolo_proto::model::{DeviceNumber, Family, Prefix, Protocol};
 
@@ -232,12 +232,77 @@ fn one_family(firewall: &Firewall, family: Family, all: &mut BTreeMap<String, El
 
     let resolvers = firewall.resolvers.iter().copied().filter(ours);
     put("resolver", addresses(resolvers));
-    let vips = firewall.vips.iter().filter(|(vip, _)| ours(&vip.address));
     put("clusterset", nets(firewall.clusterset.iter().copied(), family));
+    put_vips(firewall.vips.iter(), family, all);
+}
 
+/// What differs of two, if that is VIPs alone: the elements of those in the first one and in the second. None: more differs,
+/// or VIPs hang on one another.
+pub(super) fn vips_apart(
+    old: &Firewall,
+    new: &Firewall,
+) -> Option<(BTreeMap<String, Elements>, BTreeMap<String, Elements>)> {
+    let Firewall {
+        reach,
+        own,
+        local,
+        remote,
+        tunnel,
+        own_tunnel,
+        out_devices,
+        in_devices,
+        exported,
+        vips: _,
+        clusterset,
+        resolvers,
+        mtu,
+    } = new;
+    let same = old.reach == *reach
+        && old.own == *own
+        && old.local == *local
+        && old.remote == *remote
+        && old.tunnel == *tunnel
+        && old.own_tunnel == *own_tunnel
+        && old.out_devices == *out_devices
+        && old.in_devices == *in_devices
+        && old.exported == *exported
+        && old.clusterset == *clusterset
+        && old.resolvers == *resolvers
+        && old.mtu == *mtu;
+    if !same {
+        return None;
+    }
+    let changed = new.vips.changed(&old.vips);
+    let of = |firewall: &'_ Firewall| {
+        let mut all = BTreeMap::new();
+        for family in Family::ALL {
+            let vips = changed.iter().filter_map(|vip| firewall.vips.get_key_value(vip));
+            put_vips(vips, family, &mut all);
+        }
+        all
+    };
+    let parts = (of(old), of(new));
+    let hashed = |part: &BTreeMap<String, Elements>| part.get("keep6").is_some_and(|keeps| !keeps.is_empty());
+    let alone = !(hashed(&parts.0) || hashed(&parts.1)) || (are_apart(old) && are_apart(new));
+    alone.then_some(parts)
+}
+
+/// Whether no two v6 VIPs with affinity have one hash.
+fn are_apart(firewall: &Firewall) -> bool {
+    let mut identities = BTreeSet::new();
+    let kept = firewall.vips.iter().filter(|(vip, b)| vip.address.is_ipv6() && b.affinity.is_some());
+    kept.map(|(vip, _)| identity(&vip_key(vip))).all(|identity| identities.insert(identity))
+}
+
+fn put_vips<'a>(
+    vips: impl Iterator<Item = (&'a Vip, &'a Balance)>,
+    family: Family,
+    all: &mut BTreeMap<String, Elements>,
+) {
+    let ours = |address: &IpAddr| Family::of(*address) == family;
     let (mut verdicts, mut backends, mut keeps) = (Elements::new(), Elements::new(), Elements::new());
     let mut identities = BTreeSet::new();
-    for (vip, balance) in vips {
+    for (vip, balance) in vips.filter(|(vip, _)| ours(&vip.address)) {
         let key = vip_key(vip);
         let entries = balance.backends.iter().filter(|((a, _), _)| ours(a));
         let entries = entries.flat_map(|(backend, count)| repeat_n(*backend, count.get().into()));
@@ -255,9 +320,9 @@ fn one_family(firewall: &Firewall, family: Family, all: &mut BTreeMap<String, El
             keeps.insert(key, vec![Datum::Keep(family, affinity_class(seconds.get()))]);
         }
     }
-    put("vip", verdicts);
-    put("backend", backends);
-    put("keep", keeps);
+    for (name, elements) in [("vip", verdicts), ("backend", backends), ("keep", keeps)] {
+        all.insert(format!("{name}{}", digit(family)), elements);
+    }
 }
 
 fn vip_key(vip: &Vip) -> Vec<Datum> {
@@ -339,7 +404,6 @@ fn nets(all: impl Iterator<Item = IpNet>, family: Family) -> Elements {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
-    use tombolo_agent_core::desired::Balance;
 
     use super::*;
 

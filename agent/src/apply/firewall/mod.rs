@@ -80,7 +80,7 @@ pub struct Nft {
     writes: Arc<Writes>,
     transactions: Option<Transactions>,
     /// What the table holds, as long as nobody else changes it.
-    known: Option<BTreeMap<String, Elements>>,
+    known: Option<Firewall>,
 }
 
 /// The table as it is.
@@ -121,16 +121,18 @@ impl Nft {
     }
 
     async fn try_apply(&mut self, firewall: &Firewall, report: &mut Report) -> Result<(), FirewallError> {
-        let desired = element::desired(firewall);
         let untouched = self.transactions() == Some(0);
-        let (actual, affinity) = match self.known.take().filter(|_| untouched) {
-            Some(known) => (known, None),
+        let (actual, desired, affinity) = match self.known.take().filter(|_| untouched) {
+            Some(known) => match element::vips_apart(&known, firewall) {
+                Some((old, new)) => (old, new, None),
+                None => (element::desired(&known), element::desired(firewall), None),
+            },
             None => {
                 let table = self.read().await?;
                 let existed = table.is_some();
                 match table.and_then(|table| Some((self.same_shape(&table)?, Some(table.affinity)))) {
-                    Some(read) => read,
-                    None => return self.replace(desired, existed, report).await,
+                    Some((actual, affinity)) => (actual, element::desired(firewall), affinity),
+                    None => return self.replace(firewall, existed, report).await,
                 }
             }
         };
@@ -140,18 +142,18 @@ impl Nft {
             Err(error) => {
                 // What was listed may be gone; whatever it is, a whole new table is right.
                 tracing::warn!(%error, "elements could not be changed; the table is replaced");
-                return self.replace(desired, true, report).await;
+                return self.replace(firewall, true, report).await;
             }
         };
         let forgotten = match affinity {
             Some(affinity) => self.forget(&affinity, &desired).await,
             None if changes.iter().any(|change| loses_clients(change, &actual)) => {
                 let affinity = self.read_affinity().await?;
-                self.forget(&affinity, &desired).await
+                self.forget(&affinity, &element::desired(firewall)).await
             }
             None => 0,
         };
-        self.remember(desired, scripts + forgotten);
+        self.remember(firewall, scripts + forgotten);
         Ok(())
     }
 
@@ -161,8 +163,8 @@ impl Nft {
     }
 
     /// What we wrote in so many transactions is what is there, if there were no others.
-    fn remember(&mut self, elements: BTreeMap<String, Elements>, transactions: u64) {
-        self.known = (self.transactions() == Some(transactions)).then_some(elements);
+    fn remember(&mut self, firewall: &Firewall, transactions: u64) {
+        self.known = (self.transactions() == Some(transactions)).then(|| firewall.clone());
     }
 
     /// Removes the table.
@@ -202,20 +204,20 @@ impl Nft {
 
     async fn replace(
         &mut self,
-        desired: BTreeMap<String, Elements>,
+        firewall: &Firewall,
         existed: bool,
         report: &mut Report,
     ) -> Result<(), FirewallError> {
         let mut script =
             String::from("add table inet tombolo\ndelete table inet tombolo\nadd table inet tombolo\n");
         script.push_str(&self.shape.script);
-        for (set, elements) in &desired {
+        for (set, elements) in &element::desired(firewall) {
             render(&mut script, "add", set, elements);
         }
         // Of what was attempted before, nothing counts.
         let _ = self.transactions();
         self.write(script).await?;
-        self.remember(desired, 1);
+        self.remember(firewall, 1);
         report.note(Subject::Firewall, if existed { Action::Changed } else { Action::Added }, Ok(()));
         Ok(())
     }

@@ -6,18 +6,20 @@ use std::time::{Duration, Instant};
 
 use tombolo_agent_core::finding::Finding;
 use tombolo_agent_core::known::Known;
-use tombolo_agent_core::object::{Condition, Import, ServiceKey, Slice, SliceKey};
+use tombolo_agent_core::object::{Condition, Import, ServiceKey, Slice, SliceKey, slices_of};
 use tombolo_agent_core::plan::piece::{self, OwnPlan, Piece};
+use tombolo_agent_core::shelf::Shelf;
 use tombolo_agent_core::world::{ClusterWorld, ClustersetRanges, Foreign, Topology};
-use tombolo_proto::model::{ClusterId, Family};
+use tombolo_proto::model::ClusterId;
 
 use super::queue::{Cause, Credit, Queue};
 use crate::api::Observed;
 use crate::observe::origin::{self, Frame, Seen, View};
 
-/// A batch takes so long, or so many services: nobody waits longer for another's.
-const BATCH: Duration = Duration::from_millis(80);
-const BATCH_KEYS: usize = 256;
+/// A batch's plan takes so long, or it has so many services, and writing it about as long again: nobody waits longer for
+/// another's.
+const BATCH: Duration = Duration::from_millis(15);
+const BATCH_KEYS: usize = 64;
 /// A service is charged at most so much.
 const SERVICE: Duration = Duration::from_millis(5);
 /// What was written is shown so much later at most; until then what is shown tells nothing.
@@ -125,7 +127,9 @@ impl Desk {
             unknown,
         };
         if self.shared.as_ref().is_none_or(|(ranges, _)| *ranges != said.ranges) {
-            let mut imports = observed.imports.get().cloned().unwrap_or_default();
+            let shown = observed.imports.get().into_iter().flatten();
+            let mut imports: BTreeMap<_, _> =
+                shown.map(|(key, import)| (key.clone(), import.clone())).collect();
             for (key, held) in &self.planned {
                 imports.remove(key);
                 imports.extend(held.import.iter().map(|import| (key.clone(), import.clone())));
@@ -214,7 +218,7 @@ impl Desk {
         let all: Vec<_> =
             shown.chain(planned).map(|(key, import)| (self.cause(import), key.clone())).collect();
         all.into_iter().for_each(|(cause, key)| self.queue.add(cause, [key]));
-        for slice in observed.slices.get().into_iter().flat_map(BTreeMap::keys) {
+        for slice in observed.slices.get().into_iter().flat_map(Shelf::keys) {
             let cause = (slice.source != self.us).then(|| slice.source.clone());
             self.queue.add(cause, [slice.service.clone()]);
         }
@@ -304,7 +308,8 @@ impl Desk {
             Some(held) => held.import.clone(),
             None => shown.cloned(),
         };
-        let mut there: BTreeMap<SliceKey, Slice> = of_service(slices, &key);
+        let mut there: BTreeMap<SliceKey, Slice> =
+            slices_of(slices, &key).map(|(slice, value)| (slice.clone(), value.clone())).collect();
         if let Some(held) = &mut held {
             there.append(&mut held.slices);
         }
@@ -403,22 +408,17 @@ impl Desk {
 
     /// What is wrong with any service; some, if there is much.
     pub(super) fn findings(&self, most: usize) -> Vec<Finding> {
-        let mut all: BTreeSet<Finding> = self.seen.findings().into_iter().collect();
+        let seen = self.seen.findings();
+        let mut all: BTreeSet<&Finding> = seen.iter().collect();
         for finding in self.findings.values().flatten() {
-            all.insert(finding.clone());
-            if all.len() > most {
-                all.pop_last();
+            // There may be many, and few of them are told.
+            if all.len() < most || all.last().is_some_and(|last| finding < *last) {
+                all.insert(finding);
+                if all.len() > most {
+                    all.pop_last();
+                }
             }
         }
-        all.into_iter().collect()
+        all.into_iter().cloned().collect()
     }
-}
-
-/// The slices of one service.
-fn of_service(slices: &BTreeMap<SliceKey, Slice>, key: &ServiceKey) -> BTreeMap<SliceKey, Slice> {
-    // The first id there is.
-    let Ok(source) = ClusterId::new("0") else { return BTreeMap::new() };
-    let start = SliceKey { service: key.clone(), source, family: Family::V4, index: 0 };
-    let of = slices.range(start..).take_while(|(slice, _)| slice.service == *key);
-    of.map(|(slice, value)| (slice.clone(), value.clone())).collect()
 }

@@ -201,7 +201,7 @@ impl Bench {
     }
 
     fn imports(&self) -> usize {
-        self.directory.read().imports.get().map_or(0, BTreeMap::len)
+        self.directory.read().imports.get().map_or(0, |imports| imports.len())
     }
 
     fn found(&self, reason: &str) -> bool {
@@ -235,7 +235,7 @@ impl Blind {
             while all.changed().await.is_ok() {
                 let mut now = Observed::clone(&all.borrow_and_update());
                 if now.members.is_known() {
-                    (now.member_nodes, now.imports) = (nothing.clone(), Known::Yes(BTreeMap::new()));
+                    (now.member_nodes, now.imports) = (nothing.clone(), Known::Yes([].into()));
                 }
                 sender.send_replace(Arc::new(now));
             }

@@ -85,8 +85,8 @@ fn observed() -> Observed {
         members: Known::Yes(BTreeMap::new()),
         member_nodes: Known::Yes(BTreeMap::new()),
         nodes: Known::Yes(BTreeMap::new()),
-        imports: Known::Yes(BTreeMap::new()),
-        slices: Known::Yes(BTreeMap::new()),
+        imports: Known::Yes([].into()),
+        slices: Known::Yes([].into()),
         ..Observed::default()
     };
     put(&mut observed, "eu", eu().says(1, &["n1"]));

@@ -7,6 +7,7 @@ use serde::Serialize;
 use tombolo_agent_core::desired::{Balance, Vip};
 use tombolo_agent_core::object::{Import, ServiceKey, Slice, SliceKey};
 use tombolo_agent_core::plan::eligible::{Verdict, View};
+use tombolo_agent_core::shelf::Shelf;
 use tombolo_agent_core::zone::{Answer, Data, Kind, MAX_HOSTS, Zone};
 use tombolo_proto::model::{Backend, ClusterId, Family, Port, ServiceType};
 
@@ -38,7 +39,7 @@ pub(in crate::command) fn rows(here: &Here, key: &ServiceKey, import: &Import) -
 
     let mut rows: Vec<Row> =
         import.ips.iter().map(|ip| clusterset_ip(*ip, import, &named, &balances)).collect();
-    let none = BTreeMap::new();
+    let none = Shelf::new();
     let slices = here.observed.slices.get().unwrap_or(&none);
     let of: Vec<(&SliceKey, &Slice)> = slices.iter().filter(|(k, _)| k.service == *key).collect();
     let counted: Vec<(&SliceKey, &Slice)> =

@@ -89,7 +89,7 @@ fn three(name: &str, own: bool, preferences: Preferences) -> NodeWorld {
             }
         }
     }
-    world.slices = Known::Yes(slices);
+    world.slices = Known::Yes(slices.into());
     world
 }
 
@@ -271,7 +271,7 @@ proptest! {
         let Known::Yes(slices) = &mut world.slices else { panic!() };
         let Known::Yes(imports) = &mut world.imports else { panic!() };
         let import = imports.get_mut(&service("a/web")).unwrap();
-        slices.clear();
+        *slices = Default::default();
         let names = ["eu", "us", "as"];
         for (n, (count, weight)) in sizes.iter().enumerate() {
             let list = (0..*count).map(|i| backend(&format!("10.{}.3.{}", n + 1, i + 1))).collect();

@@ -403,7 +403,7 @@ proptest! {
             let mut imports = imports(desired).clone();
             imports.values_mut().for_each(|import| import.ips.clear());
             let slices = desired.slices.get().unwrap().set.clone();
-            let zone = Zone::build(&imports, &slices);
+            let zone = Zone::build(&imports.clone().into(), &slices.clone().into());
             (imports, slices, zone)
         };
         // All at once.

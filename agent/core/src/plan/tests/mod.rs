@@ -7,6 +7,7 @@ mod merge;
 mod mesh;
 mod node;
 mod piece;
+mod planner;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

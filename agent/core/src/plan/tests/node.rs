@@ -13,7 +13,8 @@ use super::{backend, endpoint, id, ip, nets, node, owned, port, service, tunnel}
 use crate::desired::{Firewall, NodeDesired, Route, TABLE_IN, TABLE_OUT, TunnelDevice, Via, Vip};
 use crate::known::{Known, Section};
 use crate::object::{Import, Slice, SliceKey};
-use crate::world::{ClustersetRanges, Health, MemberNodes, NodeWorld, Reach};
+use crate::shelf::Shelf;
+use crate::world::{ClustersetRanges, Health, MemberNodes, Members, NodeWorld, Reach};
 
 pub(super) fn plan(world: &NodeWorld) -> (NodeDesired, Vec<&'static str>) {
     let (desired, findings) = crate::plan::node(world);
@@ -51,8 +52,8 @@ pub(super) fn world(name: &str) -> NodeWorld {
         inner: nets(&["192.0.2.16/28"]),
         hosts: Known::Yes(BTreeMap::new()),
         members: Known::Yes([(id("eu"), member(1)), (id("us"), member(2))].into()),
-        imports: Known::Yes(BTreeMap::new()),
-        slices: Known::Yes(BTreeMap::new()),
+        imports: Known::Yes(Shelf::new()),
+        slices: Known::Yes(Shelf::new()),
         health: Health::default(),
     }
 }
@@ -246,7 +247,7 @@ fn unknown_is_kept_and_known_to_be_gone_goes() {
     let (desired, _) = plan(&NodeWorld { slices: Known::No, ..world("w1") });
     assert_eq!(desired, NodeDesired::default());
     // Revoked: gone at once, whatever else is unknown.
-    let revoked = Known::Yes(BTreeMap::from([(id("us"), member(2))]));
+    let revoked = Known::Yes(Members::from([(id("us"), member(2))]));
     let (desired, _) = plan(&NodeWorld { members: revoked, imports: Known::No, ..world("w1") });
     assert_eq!(desired.devices, Section::Set(BTreeMap::new()));
     assert_eq!(desired.routes, Section::Set(BTreeSet::new()));
@@ -451,7 +452,7 @@ fn any_member(number: u8) -> impl Strategy<Value = MemberNodes> {
     })
 }
 
-fn any_slices() -> impl Strategy<Value = BTreeMap<SliceKey, Slice>> {
+pub(super) fn any_slices() -> impl Strategy<Value = BTreeMap<SliceKey, Slice>> {
     let address = prop::sample::select(vec![
         "10.1.2.3",
         "10.2.2.3",
@@ -485,7 +486,7 @@ fn any_slices() -> impl Strategy<Value = BTreeMap<SliceKey, Slice>> {
     )
 }
 
-fn any_world() -> impl Strategy<Value = NodeWorld> {
+pub(super) fn any_world() -> impl Strategy<Value = NodeWorld> {
     (
         any_member(1),
         any_member(2),
@@ -506,9 +507,9 @@ fn any_world() -> impl Strategy<Value = NodeWorld> {
                 (service("b/db"), import(&[port("", 80)], &["198.19.0.9", "fd19:746f:6d62::9"])),
             ];
             let mut world = NodeWorld {
-                members: Known::Yes(members),
+                members: Known::Yes(members.into()),
                 imports: Known::Yes(imports.into()),
-                slices: Known::Yes(slices),
+                slices: Known::Yes(slices.into()),
                 underlay: if v4 { [Family::V4].into() } else { Family::ALL.into() },
                 ..world(&name)
             };
@@ -533,10 +534,7 @@ fn any_world() -> impl Strategy<Value = NodeWorld> {
         })
 }
 
-fn ranges_of(
-    members: &BTreeMap<ClusterId, MemberNodes>,
-    which: impl Fn(&ClusterId) -> bool,
-) -> BTreeSet<Prefix> {
+fn ranges_of(members: &Members, which: impl Fn(&ClusterId) -> bool) -> BTreeSet<Prefix> {
     members.iter().filter(|(c, _)| which(c)).flat_map(|(_, m)| m.owned.union(&m.tunnel).copied()).collect()
 }
 
@@ -641,7 +639,7 @@ proptest! {
         let mut talks = BTreeSet::new();
         for (cluster, member) in &members {
             for (name, endpoint) in &member.nodes {
-                let world = NodeWorld { cluster: cluster.clone(), node: name.clone(), members: Known::Yes(members.clone()), ..world("x") };
+                let world = NodeWorld { cluster: cluster.clone(), node: name.clone(), members: Known::Yes(members.clone().into()), ..world("x") };
                 for (number, device) in devices(&plan(&world).0) {
                     talks.extend(device.peers.keys().map(|key| (endpoint.devices[number].key, *key)));
                 }
@@ -719,7 +717,7 @@ fn names_answer_no_address_that_is_not_a_vip() {
         (service("a/web"), import(&[port("", 80)], &["198.19.0.9"])),
         (service("b/bad"), import(&[port("", 80)], &[])),
     ];
-    let expected = crate::zone::Zone::build(&good.into(), &BTreeMap::new());
+    let expected = crate::zone::Zone::build(&good.into(), &Shelf::new());
     assert_eq!(plan(&world).0.zone, Section::Set(expected));
 }
 

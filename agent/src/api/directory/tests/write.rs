@@ -52,7 +52,7 @@ async fn equal_objects_are_not_written() {
     imports.set.insert(key("production/b"), import(&["eu"]));
     let applied = directory.apply_imports(&imports).await.unwrap();
     assert_eq!(applied, Applied { written: 2, deleted: 0 });
-    assert_eq!(directory.read().imports, Known::Yes(imports.set.clone()));
+    assert_eq!(directory.read().imports, Known::Yes(imports.set.clone().into()));
     assert_eq!(directory.read().findings, []);
 
     let before = snapshot(&directory.root().join(STATE));
@@ -69,7 +69,7 @@ async fn equal_objects_are_not_written() {
     assert_eq!(directory.apply_imports(&imports).await.unwrap(), Applied { written: 1, deleted: 0 });
     imports.keep.clear();
     assert_eq!(directory.apply_imports(&imports).await.unwrap(), Applied { written: 0, deleted: 1 });
-    assert_eq!(directory.read().imports, Known::Yes(imports.set.clone()));
+    assert_eq!(directory.read().imports, Known::Yes(imports.set.clone().into()));
 }
 
 #[tokio::test]
@@ -88,7 +88,7 @@ async fn what_others_changed_is_mended() {
     assert_eq!(observed.slices.get().unwrap().len(), 1);
     assert_eq!(observed.findings.len(), 2, "{:#?}", observed.findings);
     assert_eq!(directory.apply_slices(&wanted).await.unwrap().written, 3);
-    assert_eq!(directory.read().slices, Known::Yes(wanted.set));
+    assert_eq!(directory.read().slices, Known::Yes(wanted.set.into()));
 }
 
 #[tokio::test]

@@ -104,11 +104,11 @@ fn here(change: impl FnOnce(&mut Observed, &mut Members)) -> Here {
         |source: &str| SliceKey { service: key(), source: id(source), family: Family::V4, index: 0 };
     let mut observed = Observed {
         namespaces: Known::Yes(BTreeSet::from([key().namespace])),
-        imports: Known::Yes(BTreeMap::from([(key(), import)])),
-        slices: Known::Yes(BTreeMap::from([(slice_key("b"), slice(2)), (slice_key("c"), slice(3))])),
+        imports: Known::Yes([(key(), import)].into()),
+        slices: Known::Yes([(slice_key("b"), slice(2)), (slice_key("c"), slice(3))].into()),
         ..Observed::default()
     };
-    let nodes = BTreeMap::from([(id("a"), member(1)), (id("b"), member(2)), (id("c"), member(3))]);
+    let nodes = [(id("a"), member(1)), (id("b"), member(2)), (id("c"), member(3))].into();
     let mut members = Members { nodes, usable: true, findings: Vec::new() };
     change(&mut observed, &mut members);
     let world = NodeWorld {
@@ -247,7 +247,11 @@ fn each_step_fails_by_its_own_name() {
     assert_eq!(broken(&steps(&unready, &Fake { vip: None, ..Fake::default() }, name())), [("eligible", "")]);
     let homeless = here(|observed, _| observed.namespaces = Known::Yes(BTreeSet::new()));
     assert_eq!(broken(&steps(&homeless, &fake, name())), [("import", "")]);
-    let alone = here(|_, members| members.nodes.retain(|cluster, _| *cluster == id("a")));
+    let alone = here(|_, members| {
+        for other in ["b", "c"] {
+            members.nodes.remove(&id(other));
+        }
+    });
     assert_eq!(broken(&steps(&alone, &fake, name())), [("set", "")]);
     let silent = here(|_, members| {
         members.nodes.get_mut(&id("b")).unwrap().nodes.clear();
@@ -257,7 +261,9 @@ fn each_step_fails_by_its_own_name() {
 
 #[test]
 fn a_refused_cluster_is_said_and_not_walked() {
-    let gone = here(|_, members| drop(members.nodes.remove(&id("b"))));
+    let gone = here(|_, members| {
+        members.nodes.remove(&id("b"));
+    });
     let steps = steps(&gone, &Fake { vip: Some(1), ..Fake::default() }, name());
     assert_eq!(broken(&steps), []);
     let export = steps.iter().find(|s| s.step == "export").unwrap();
@@ -288,7 +294,8 @@ fn what_policy_leaves_out_is_said() {
         let Known::Yes(imports) = &mut observed.imports else { panic!() };
         imports.get_mut(&key()).unwrap().preferences.local = true;
         let Known::Yes(slices) = &mut observed.slices else { panic!() };
-        let (mut place, mut slice) = slices.pop_first().unwrap();
+        let (mut place, mut slice) = slices.iter().next().map(|(k, v)| (k.clone(), v.clone())).unwrap();
+        slices.remove(&place);
         place.source = id("a");
         let own = members.nodes[&id("a")].owned.iter().next().unwrap().net().network();
         slice.backends[0].address = own;
