@@ -346,9 +346,9 @@ impl Good {
             membership.ok_or_else(|| format!("its membership of serial {serial} is not here"))?;
         let statement = membership.statement(envelope).map_err(|error| error.to_string())?;
         let stated = || records.values().filter(|record| !is_own_matter(record));
-        if !verify_nodes(&statement, namespaces, records.values())
-            && !(own && verify_nodes(&statement, namespaces, stated()))
-        {
+        let fits = verify_nodes(&statement, namespaces, records.values())
+            || (own && verify_nodes(&statement, namespaces, stated()));
+        if !fits {
             return Err("its nodes do not fit what it signed".to_owned());
         }
         Ok(statement)
