@@ -14,7 +14,7 @@ use crate::world::{NodeWorld, Reach};
 
 #[derive(Debug, Clone)]
 enum Step {
-    Import(ServiceKey, Option<Import>),
+    Import(ServiceKey, Option<Box<Import>>),
     /// These are there; those of the same services that are not go.
     Slices(BTreeMap<SliceKey, Slice>),
     Reach(Reach),
@@ -39,7 +39,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         import
     });
     prop_oneof![
-        6 => (name, prop::option::weighted(0.7, one)).prop_map(|(n, i)| Step::Import(service(n), i)),
+        6 => (name, prop::option::weighted(0.7, one)).prop_map(|(n, i)| Step::Import(service(n), i.map(Box::new))),
         4 => any_slices().prop_map(Step::Slices),
         1 => any::<bool>().prop_map(|all| Step::Reach(if all { Reach::All } else { Reach::Exports })),
         1 => any::<bool>().prop_map(Step::Host),
@@ -52,7 +52,7 @@ fn any_step() -> impl Strategy<Value = Step> {
 fn take(world: &mut NodeWorld, step: Step) {
     let (Known::Yes(imports), Known::Yes(slices)) = (&mut world.imports, &mut world.slices) else { return };
     match step {
-        Step::Import(key, Some(import)) => imports.insert(key, import),
+        Step::Import(key, Some(import)) => imports.insert(key, *import),
         Step::Import(key, None) => {
             imports.remove(&key);
         }
