@@ -403,6 +403,15 @@ impl Hellos {
         young.iter().filter(|id| is(id)).copied().collect()
     }
 
+    /// By other cluster: the addresses that its nodes see this node's devices at.
+    pub fn seen(&self, now: Duration) -> BTreeMap<ClusterId, BTreeSet<IpAddr>> {
+        let mut seen: BTreeMap<ClusterId, BTreeSet<IpAddr>> = BTreeMap::new();
+        for (node, hello) in self.heard(now).filter(|(node, _)| node.cluster != self.cluster) {
+            seen.entry(node.cluster.clone()).or_default().extend(hello.seen.values().map(SocketAddr::ip));
+        }
+        seen
+    }
+
     fn own(&self, now: Duration) -> impl Iterator<Item = (NodeName, &Hello)> {
         let own = self.heard(now).filter(|(node, _)| node.cluster == self.cluster);
         own.map(|(node, hello)| (node.node.clone(), hello))

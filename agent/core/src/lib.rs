@@ -15,6 +15,7 @@ pub mod lease;
 pub mod liveness;
 pub mod merge;
 pub mod object;
+pub mod outside;
 pub mod plan;
 pub mod shelf;
 pub mod speak;

@@ -93,6 +93,9 @@ pub struct TunnelNode {
     pub devices: BTreeMap<DeviceNumber, Device>,
     /// Where it may be reached, best first.
     pub candidates: Vec<IpAddr>,
+    /// Where other clusters see it, if that is none of its own addresses: one a family ([`crate::outside`]).
+    #[serde(default)]
+    pub outside: BTreeSet<IpAddr>,
     /// Pod ranges on it.
     pub prefixes: BTreeSet<Prefix>,
     /// Clusters that no way from it leads to, once that was steady for [`crate::steady::HOLD`]. For people and for who

@@ -68,6 +68,7 @@ pub async fn run(
         let (health, healths) =
             watch::channel(Health { dead: known.dead, alive: known.alive, ..Health::default() });
         let (withheld, missed) = watch::channel(Default::default());
+        let (seen, sights) = watch::channel(Default::default());
         {
             // For reading alone: what it writes is not counted.
             let Options { devices, sockets, .. } = options(&config);
@@ -78,7 +79,9 @@ pub async fn run(
                 liveness::run(rosters, driver, memory, answers, stop).await.context("liveness")
             });
             tasks.spawn(async move {
-                hello::run(rosters2, driver2, heard, health, withheld, stop2).await.context("hellos")
+                hello::run(rosters2, driver2, heard, hello::Heard { health, withheld, seen }, stop2)
+                    .await
+                    .context("hellos")
             });
         }
         let node = node::Node {
@@ -86,6 +89,7 @@ pub async fn run(
             roster,
             health: healths,
             withheld: missed,
+            seen: sights,
             cache: Some(cache),
             name: name.clone(),
             api: api.clone(),

@@ -1,6 +1,7 @@
 //! The node's loop: observe, plan, apply; the newest value wins.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -14,6 +15,7 @@ use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::hello::WITHHELD;
 use tombolo_agent_core::known::{Known, Section};
 use tombolo_agent_core::object::{NodeKey, TunnelNode};
+use tombolo_agent_core::outside::Outside;
 use tombolo_agent_core::plan::{Planner, eligible};
 use tombolo_agent_core::steady::Steady;
 use tombolo_agent_core::world::{Health, MemberNodes, NodeWorld, Reach};
@@ -76,6 +78,8 @@ pub struct Node {
     pub health: watch::Receiver<Health>,
     /// What other clusters say that they have said, and that did not come here for long.
     pub withheld: watch::Receiver<BTreeMap<ClusterId, Position>>,
+    /// Where nodes of other clusters see this one.
+    pub seen: watch::Receiver<BTreeMap<ClusterId, BTreeSet<IpAddr>>>,
     /// To the admin pages.
     pub shown: Arc<Shown>,
 }
@@ -138,6 +142,7 @@ impl Node {
         let mut saving = Saving::default();
         let mut planned: Option<(Arc<Planned>, Vec<Finding>)> = None;
         let mut unreached: Steady<BTreeSet<ClusterId>> = Steady::default();
+        let mut outside: Option<Outside> = None;
         let begun = Instant::now();
         // Whether only the API said anything new, and when all was looked at last.
         let mut news = false;
@@ -166,7 +171,8 @@ impl Node {
             verifier.set_addresses(&underlay.addresses);
             let members = heavy(|| verifier.verify(&now));
             let rotated = self.rotate(&now);
-            let mut announced = self.announce(&now, &underlay, members.get(), None).await;
+            let sight = self.outside(&mut outside, begun.elapsed(), &now, &underlay);
+            let mut announced = self.announce(&now, &underlay, members.get(), None, &sight).await;
             let keys = self.keys.public(None);
             let clean = match Self::world(&self.name, &now, &underlay, &members) {
                 Some((mut world, mut findings)) => {
@@ -196,7 +202,7 @@ impl Node {
                 now.tunnel_nodes.get().and_then(|nodes| nodes.get(&self.name)).map(|node| &node.unreached);
             if self.keys.public(None) != keys || (reached.is_some() && reached != told) {
                 // Only now that devices answer to their new keys; and nothing that fails over waits for the API.
-                announced &= self.announce(&now, &underlay, members.get(), reached).await;
+                announced &= self.announce(&now, &underlay, members.get(), reached, &sight).await;
             }
             let brake = start.elapsed().clamp(DEBOUNCE, BRAKE);
             let mut wait = if clean && announced && rotated {
@@ -214,7 +220,8 @@ impl Node {
                 retry = (retry * 2).min(RETRY_MAX);
                 wait
             };
-            if let Some(at) = unreached.poll_timeout() {
+            let outside = outside.as_ref().and_then(Outside::poll_timeout);
+            for at in unreached.poll_timeout().into_iter().chain(outside) {
                 wait = wait.min(at.saturating_sub(begun.elapsed()));
             }
             // Last, since nothing waits for it, and seldom, since it is the whole world.
@@ -237,6 +244,7 @@ impl Node {
                 // At the end it may stop first.
                 result = self.health.changed() => if !stop.is_cancelled() { result.context("liveness ended")? },
                 result = self.withheld.changed() => if !stop.is_cancelled() { result.context("hellos ended")? },
+                result = self.seen.changed() => if !stop.is_cancelled() { result.context("hellos ended")? },
                 () = self.monitor.changed() => debug!("the kernel's state changed"),
                 () = tokio::time::sleep(wait) => {}
             }
@@ -345,6 +353,24 @@ impl Node {
         })
     }
 
+    /// Where other clusters see this node; it goes on from what was told before this agent's start.
+    fn outside(
+        &mut self,
+        state: &mut Option<Outside>,
+        now: Duration,
+        observed: &Observed,
+        underlay: &Underlay,
+    ) -> BTreeSet<IpAddr> {
+        let Some(tunnel_nodes) = observed.tunnel_nodes.get() else { return BTreeSet::new() };
+        let state = state.get_or_insert_with(|| {
+            tunnel_nodes.get(&self.name).map(|told| Outside::new(&told.outside)).unwrap_or_default()
+        });
+        let node = observed.nodes.get().and_then(|nodes| nodes.get(&self.name));
+        let own = underlay.addresses.iter().chain(node.into_iter().flat_map(|node| &node.addresses));
+        state.handle(now, &self.seen.borrow_and_update(), &own.copied().collect());
+        state.value(now)
+    }
+
     /// Says what this node is, where the cluster's controller reads it. False if that failed.
     async fn announce(
         &self,
@@ -352,6 +378,7 @@ impl Node {
         underlay: &Underlay,
         members: Option<&Arc<Members>>,
         unreached: Option<&BTreeSet<ClusterId>>,
+        outside: &BTreeSet<IpAddr>,
     ) -> bool {
         let Some(tunnel_nodes) = observed.tunnel_nodes.get() else { return true };
         let Known::Yes(Some(clusterset)) = &observed.clusterset else { return true };
@@ -371,9 +398,12 @@ impl Node {
         // What is not steady yet stays as it was told.
         let before = || published.map(|published| &published.unreached);
         value.unreached = unreached.or_else(before).cloned().unwrap_or_default();
+        value.outside = outside.clone();
         if published != Some(&value) {
             match self.api.write_tunnel_node(&self.name, &value).await {
-                Ok(_) => info!(candidates = ?value.candidates, "told what this node is"),
+                Ok(_) => {
+                    info!(candidates = ?value.candidates, outside = ?value.outside, "told what this node is")
+                }
                 Err(error) => {
                     warn!("cannot tell what this node is, retrying: {error}");
                     return false;
@@ -614,7 +644,7 @@ fn tunnel_node(
         // One more than is stated, so that the controller says that it is too many.
         prefixes = ranges.take(Endpoint::MAX_PREFIXES + 1).collect();
     }
-    TunnelNode { devices, candidates, prefixes, unreached: BTreeSet::new() }
+    TunnelNode { devices, candidates, outside: BTreeSet::new(), prefixes, unreached: BTreeSet::new() }
 }
 
 #[cfg(test)]

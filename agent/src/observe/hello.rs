@@ -29,14 +29,22 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Hellos that wait to be read.
 const QUEUE: usize = 256;
 
-/// Runs until `stop`; `withheld` follows what other clusters say that they have said and that is not here, `health`
-/// follows `answers` and what own gateways say.
+/// What comes of hellos.
+pub struct Heard {
+    /// Liveness's answers, and what own gateways say.
+    pub health: watch::Sender<Health>,
+    /// What other clusters say that they have said, and that is not here.
+    pub withheld: watch::Sender<BTreeMap<ClusterId, Position>>,
+    /// By other cluster: where its nodes see this one.
+    pub seen: watch::Sender<BTreeMap<ClusterId, BTreeSet<IpAddr>>>,
+}
+
+/// Runs until `stop`.
 pub async fn run(
     mut roster: watch::Receiver<Option<Arc<Roster>>>,
     driver: Arc<dyn TunnelDriver>,
     mut answers: watch::Receiver<Answers>,
-    health: watch::Sender<Health>,
-    withheld: watch::Sender<BTreeMap<ClusterId, Position>>,
+    follow: Heard,
     stop: CancellationToken,
 ) -> Result<()> {
     let (queue, mut heard) = mpsc::channel(QUEUE);
@@ -73,16 +81,10 @@ pub async fn run(
         };
         let value = Health { dead, alive, young, known, unreachable, untried };
         let missed = task.as_ref().map(|t| t.hellos.withheld(t.start.elapsed())).unwrap_or_default();
-        withheld.send_if_modified(|old| {
-            let differs = *old != missed;
-            *old = missed;
-            differs
-        });
-        health.send_if_modified(|old| {
-            let differs = *old != value;
-            *old = value;
-            differs
-        });
+        let seen = task.as_ref().map(|t| t.hellos.seen(t.start.elapsed())).unwrap_or_default();
+        tell(&follow.withheld, missed);
+        tell(&follow.health, value);
+        tell(&follow.seen, seen);
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
             changed = answers.changed() => if changed.is_err() { return Ok(()) },
@@ -95,6 +97,14 @@ pub async fn run(
             () = tokio::time::sleep_until(wake.into()) => {}
         }
     }
+}
+
+fn tell<T: PartialEq>(whom: &watch::Sender<T>, value: T) {
+    whom.send_if_modified(|old| {
+        let differs = *old != value;
+        *old = value;
+        differs
+    });
 }
 
 struct Datagram {

@@ -92,11 +92,11 @@ fn devices(node: &TunnelNode) -> BTreeMap<DeviceNumber, Device> {
     node.devices.iter().filter(good).map(|(number, device)| (*number, *device)).collect()
 }
 
-/// What the node says of itself, else its Node's addresses.
+/// What the node says of itself, else its Node's addresses; then where others see it.
 fn candidates(node: &Node, tunnel_node: &TunnelNode) -> Vec<IpAddr> {
     let usable = |list: &[IpAddr]| {
         let mut result: Vec<IpAddr> = Vec::new();
-        for &address in list.iter().filter(|a| usable_address(**a).is_ok()) {
+        for &address in list.iter().chain(&tunnel_node.outside).filter(|a| usable_address(**a).is_ok()) {
             let same = result.iter().filter(|r| r.is_ipv4() == address.is_ipv4()).count();
             if same < Endpoint::MAX_CANDIDATES && !result.contains(&address) {
                 result.push(address);
@@ -104,8 +104,8 @@ fn candidates(node: &Node, tunnel_node: &TunnelNode) -> Vec<IpAddr> {
         }
         result
     };
-    let own = usable(&tunnel_node.candidates);
-    if own.is_empty() { usable(&node.addresses) } else { own }
+    let says = tunnel_node.candidates.iter().any(|a| usable_address(*a).is_ok());
+    usable(if says { &tunnel_node.candidates } else { &node.addresses })
 }
 
 /// Pod ranges of a node: the API's word, else (a CNI that does not use podCIDRs) the node's own.

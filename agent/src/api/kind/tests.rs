@@ -118,11 +118,13 @@ proptest! {
         name in any_node(),
         endpoint in any_endpoint(),
         unreached in proptest::collection::btree_set(any_cluster(), 0..3),
+        outside in proptest::collection::btree_set(any::<std::net::Ipv4Addr>().prop_map(Into::into), 0..2),
     ) {
         prop_assume!(name.as_str().len() <= ObjectName::MAX);
         let node = TunnelNode {
             devices: endpoint.devices,
             candidates: endpoint.candidates,
+            outside,
             prefixes: endpoint.prefixes,
             unreached,
         };

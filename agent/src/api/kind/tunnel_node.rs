@@ -6,7 +6,9 @@ use std::net::IpAddr;
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
 use tombolo_agent_core::object::TunnelNode;
-use tombolo_proto::model::{ClusterId, Device, DeviceNumber, Endpoint, NodeName, Prefix, WireguardKey};
+use tombolo_proto::model::{
+    ClusterId, Device, DeviceNumber, Endpoint, Family, NodeName, Prefix, WireguardKey,
+};
 
 use super::{Kind, ObjectId, Problem, bad, own_meta};
 
@@ -30,6 +32,9 @@ pub struct TunnelNodeSpec {
     /// Where it may be reached, best first.
     #[serde(default)]
     pub candidates: Vec<IpAddr>,
+    /// Where other clusters see it.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub outside: BTreeSet<IpAddr>,
     /// Pod ranges on it.
     #[serde(default)]
     pub prefixes: BTreeSet<Prefix>,
@@ -60,6 +65,7 @@ pub fn write(node: &NodeName, value: &TunnelNode) -> Result<TunnelNodeResource, 
     let spec = TunnelNodeSpec {
         devices: value.devices.iter().map(device).collect(),
         candidates: value.candidates.clone(),
+        outside: value.outside.clone(),
         prefixes: value.prefixes.clone(),
         unreached: value.unreached.clone(),
     };
@@ -72,10 +78,13 @@ pub fn read(object: &TunnelNodeResource) -> Result<(NodeName, TunnelNode), Probl
         .map_err(|e| bad(format!("metadata.name: {e}")))?;
     let spec = &object.spec;
     if spec.candidates.len() > 64
+        || spec.outside.len() > Family::ALL.len()
         || spec.prefixes.len() > Endpoint::MAX_PREFIXES
         || spec.unreached.len() > MAX_UNREACHED
     {
-        return Err(bad("spec.candidates, spec.prefixes or spec.unreached has too many entries"));
+        return Err(bad(
+            "spec.candidates, spec.outside, spec.prefixes or spec.unreached has too many entries",
+        ));
     }
     let mut devices = BTreeMap::new();
     for device in &spec.devices {
@@ -89,6 +98,7 @@ pub fn read(object: &TunnelNodeResource) -> Result<(NodeName, TunnelNode), Probl
     let value = TunnelNode {
         devices,
         candidates: spec.candidates.clone(),
+        outside: spec.outside.clone(),
         prefixes: spec.prefixes.clone(),
         unreached: spec.unreached.clone(),
     };

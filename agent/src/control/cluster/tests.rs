@@ -135,6 +135,7 @@ impl Bench {
         let value = TunnelNode {
             devices: BTreeMap::new(),
             candidates: Vec::new(),
+            outside: BTreeSet::new(),
             prefixes: BTreeSet::new(),
             unreached: BTreeSet::new(),
         };

@@ -59,6 +59,7 @@ fn tunnel_node(host: u8) -> TunnelNode {
         devices: devices(1, host),
         candidates: vec![ip(&format!("192.0.2.{host}"))],
         prefixes: BTreeSet::new(),
+        outside: BTreeSet::new(),
         unreached: BTreeSet::new(),
     }
 }

@@ -40,6 +40,7 @@ async fn changes_are_seen_soon() {
     let node = TunnelNode {
         devices: BTreeMap::new(),
         candidates: vec![],
+        outside: BTreeSet::new(),
         prefixes: BTreeSet::new(),
         unreached: BTreeSet::new(),
     };

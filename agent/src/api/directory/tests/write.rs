@@ -448,6 +448,7 @@ async fn a_node_too_long_for_a_file_is_refused() {
     let node = TunnelNode {
         devices: BTreeMap::new(),
         candidates: vec![],
+        outside: BTreeSet::new(),
         prefixes: BTreeSet::new(),
         unreached: BTreeSet::new(),
     };
