@@ -416,10 +416,12 @@ impl Lab {
             control.v4, control.v6, cluster.router4, cluster.router6
         ))?;
         self.places.insert(control.place.clone(), place);
-        let node =
-            cluster.nodes.iter().find(|n| n.name == control.dns.node).context("the node of the DNS pod")?;
-        let pod = add_pod(node, &control.dns, self.place(&node.name)?, DIRECTORY_RESOLV)?;
-        self.places.insert(control.dns.name.clone(), pod);
+        for pod in control.pods() {
+            let node =
+                cluster.nodes.iter().find(|n| n.name == pod.node).context("a pod of the control plane's")?;
+            let place = add_pod(node, pod, self.place(&node.name)?, DIRECTORY_RESOLV)?;
+            self.places.insert(pod.name.clone(), place);
+        }
         self.start_plane(cluster, control)
     }
 

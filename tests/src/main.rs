@@ -7,16 +7,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use tombolo_lab::control::{self, Action, Request, Status};
 use tombolo_lab::fault::Fault;
 use tombolo_lab::fetch::{Family, fetch};
 use tombolo_lab::hello::hello;
+use tombolo_lab::kubernetes::{self, conformance};
 use tombolo_lab::probe::{PROBE_LEN, Pace, Question, Report, Stop, dns, ping, tcp, udp};
 use tombolo_lab::sandbox::{self, Sandbox};
 use tombolo_lab::serve::serve;
-use tombolo_lab::topology::{DEMO, KUBERNETES, TWO};
+use tombolo_lab::topology::{self, DEMO, KUBERNETES, TWO};
 use tombolo_lab::{Lab, Topology, demo, measure, program, scorecard};
 
 /// Clusters, nodes and pods as namespaces of this machine, with the real programs inside.
@@ -62,6 +63,20 @@ enum Command {
         /// As a table or as JSON.
         #[arg(short, long, value_enum, default_value_t = Output::Table)]
         output: Output,
+    },
+    /// Run the upstream conformance suite of the Multi-Cluster Services API on real control planes
+    ///
+    /// Prints a line for each test of the suite, exits 1 if one failed. Needs what .ci/kube builds, and busybox.
+    Conformance {
+        /// How many clusters, one or two.
+        #[arg(long, default_value_t = 2)]
+        clusters: u8,
+        /// How kube-proxy balances.
+        #[arg(long, value_enum, default_value_t)]
+        proxy: Proxy,
+        /// Write the suite's own report, HTML, to this file.
+        #[arg(long, value_name = "FILE")]
+        report: Option<std::path::PathBuf>,
     },
     /// Build a lab and keep it until ^C or `down`
     Up {
@@ -172,6 +187,14 @@ enum Measure {
 enum Output {
     Table,
     Json,
+}
+
+/// As kube-proxy's `mode`.
+#[derive(Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+enum Proxy {
+    #[default]
+    Nftables,
+    Iptables,
 }
 
 /// Which running lab.
@@ -350,7 +373,7 @@ fn print(text: &str) {
 }
 
 /// A built-in topology by its name, or a file.
-fn topology(name: &str) -> Result<Topology> {
+fn built_in(name: &str) -> Result<Topology> {
     match name {
         "two" => Topology::parse(TWO),
         "demo" => Topology::parse(DEMO),
@@ -448,6 +471,30 @@ fn run(command: Command) -> Result<ExitCode> {
             let figures = measure::propagation(&lab, rounds)?;
             print(&if json { serde_json::to_string_pretty(&figures)? } else { figures.to_string() });
         }
+        Command::Conformance { clusters, proxy, report } => {
+            if !Sandbox::inside() {
+                if let Some(why) = kubernetes::missing() {
+                    bail!(why);
+                }
+                return outside(&format!("conformance-{}", std::process::id()), false);
+            }
+            Sandbox::prepare()?;
+            sandbox::catch_interrupts();
+            let proxy =
+                if proxy == Proxy::Nftables { topology::Proxy::Nftables } else { topology::Proxy::Iptables };
+            let lab = Lab::build(conformance::topology(clusters, proxy)?)?;
+            lab.bring_up()?;
+            let outcome = conformance::run(&lab)?;
+            outcome.lines.iter().for_each(|line| print(&line.to_string()));
+            let (passed, ran) = outcome.score();
+            print(&format!("{passed} of {ran} passed"));
+            if let Some(file) = report {
+                std::fs::write(&file, &outcome.report).with_context(|| file.display().to_string())?;
+            }
+            if passed < ran {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
         Command::Scorecard { list: true, output, .. } => {
             let budgets = scorecard::budgets()?;
             let mut rows = vec![["EVENT", "BUDGET", "UNIT", "PROMISE"].map(str::to_owned)];
@@ -470,7 +517,7 @@ fn run(command: Command) -> Result<ExitCode> {
             }
         }
         Command::Up { topology: file, name, bare } => {
-            let topology = topology(&file)?;
+            let topology = built_in(&file)?;
             let name = name.unwrap_or_else(|| topology.name.clone());
             if !Sandbox::inside() {
                 return outside(&name, bare);

@@ -86,16 +86,23 @@ impl Lab {
     pub fn join(&self, cluster: &str) -> Result<()> {
         let cluster = self.topology().cluster(cluster)?;
         let token = run(self.admin(&program::invite(cluster)?)?, "")?;
+        if let Some(control) = cluster.kubernetes() {
+            return self.join_kubernetes(cluster, control, &token);
+        }
         let node = cluster.nodes.first().context("a cluster has nodes")?;
         run(self.command(&node.name, &program::join(cluster)?)?, &token).map(drop)
     }
 
-    /// Starts the devices and the agent on each node of a cluster.
+    /// Starts the devices and the agent on each node of a cluster, and the controllers of one of `api: kubernetes`.
     ///
     /// # Errors
     /// If one does not start.
     pub fn start_agents(&self, cluster: &str) -> Result<()> {
-        for node in &self.topology().cluster(cluster)?.nodes {
+        let cluster = self.topology().cluster(cluster)?;
+        if let Some(control) = cluster.kubernetes() {
+            return self.start_kubernetes_agents(cluster, control);
+        }
+        for node in &cluster.nodes {
             self.start(&node.name, "wireguard", &program::wireguard()?)?;
             self.start(&node.name, "agent", &program::agent(node)?)?;
         }
@@ -109,6 +116,11 @@ impl Lab {
     pub fn wait_ready(&self) -> Result<()> {
         for broker in &self.topology().brokers {
             self.ready(&broker.name, "broker", program::BROKER_ADMIN)?;
+        }
+        for cluster in &self.topology().clusters {
+            for pod in cluster.kubernetes().into_iter().flat_map(|control| &control.controllers) {
+                self.ready(&pod.name, "controller", program::AGENT_ADMIN)?;
+            }
         }
         for node in self.topology().nodes() {
             self.ready(&node.name, "agent", program::AGENT_ADMIN)?;
@@ -129,11 +141,15 @@ impl Lab {
             .with_context(|| self.tail(place, name))
     }
 
-    /// Exports a service as people do: by a ServiceExport manifest in their cluster's directory.
+    /// Exports a service as people do: by a ServiceExport manifest in their cluster's directory, or by `kubectl apply`.
     ///
     /// # Errors
     /// If it cannot be written.
     pub fn export(&self, cluster: &str, namespace: &str, service: &str) -> Result<()> {
+        if self.topology().cluster(cluster)?.kubernetes().is_some() {
+            let manifest = directory::export_manifest(namespace, service);
+            return self.kubectl(cluster, &["apply", "--filename=-"], &manifest).map(drop);
+        }
         let manifests = self.cluster_dir(cluster).join("manifests");
         directory::put(
             &manifests,
@@ -142,11 +158,15 @@ impl Lab {
         )
     }
 
-    /// Takes an export back: removes its manifest.
+    /// Takes an export back: removes its manifest, or by `kubectl delete`.
     ///
     /// # Errors
     /// If there is none.
     pub fn unexport(&self, cluster: &str, namespace: &str, service: &str) -> Result<()> {
+        if self.topology().cluster(cluster)?.kubernetes().is_some() {
+            let words = ["delete", "serviceexport", service, "--namespace", namespace];
+            return self.kubectl(cluster, &words, "").map(drop);
+        }
         let file =
             self.cluster_dir(cluster).join("manifests").join(format!("export-{namespace}-{service}.yaml"));
         std::fs::remove_file(&file).with_context(|| format!("removing {}", file.display()))

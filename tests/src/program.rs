@@ -145,6 +145,26 @@ pub fn agent(node: &Node) -> Result<Vec<String>> {
     )
 }
 
+/// An agent of one role by the API of the cluster that its pod runs in.
+///
+/// # Errors
+/// If it is not built.
+pub fn agent_in_cluster(role: &str, name: &str) -> Result<Vec<String>> {
+    let (role, name) = (format!("--role={role}"), format!("--node={name}"));
+    let admin = format!("--admin={AGENT_ADMIN}");
+    let dirs = [format!("--state-dir={STATE_DIR}"), format!("--devices-dir={DEVICES_DIR}")];
+    line("tombolo-agent", &["--in-cluster", &role, &name, &admin, &dirs[0], &dirs[1]])
+}
+
+/// `tombolo join --kubernetes` with the token on standard input: prints manifests.
+///
+/// # Errors
+/// If it is not built.
+pub fn join_kubernetes(cluster: &Cluster) -> Result<Vec<String>> {
+    let topology = if cluster.mesh { "mesh" } else { "gateway" };
+    line("tombolo", &["join", "-", "--kubernetes", "--reach", cluster.reach.as_str(), "--topology", topology])
+}
+
 /// The userspace devices of a node.
 ///
 /// # Errors

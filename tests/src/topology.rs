@@ -376,6 +376,8 @@ impl File {
             if cluster.api == ApiFile::Kubernetes {
                 unique("the place of the API", &format!("api-{}", cluster.id))?;
                 unique("the DNS pod", &format!("dns-{}", cluster.id))?;
+                unique("a controller", &format!("controller-{}-0", cluster.id))?;
+                unique("a controller", &format!("controller-{}-1", cluster.id))?;
             }
             for node in &cluster.nodes {
                 unique("node", &node.name)?;

@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use tombolo_lab::topology::KUBERNETES;
+use tombolo_lab::kubernetes::conformance;
+use tombolo_lab::topology::{KUBERNETES, Proxy};
 use tombolo_lab::{Lab, Topology, host, scenario_kubernetes, wait_until};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -72,6 +73,39 @@ fn two_real_clusters_balance_and_name_their_own_services() {
             // A pod of a headless service has a name of its own.
             let own = answering(&lab, "eu-b", "http://eu-a.db.production.svc.cluster.local:8080/health", 1)?;
             ensure!(own == wanted(&["eu-a"]), "{own:?}");
+            Ok(())
+        },
+    );
+}
+
+/// What the conformance suite stands on: pods that the scheduler places, reached at their own addresses, and programs
+/// run in them.
+#[test]
+fn pods_of_kwok_answer_at_their_addresses_and_run_programs() {
+    scenario_kubernetes(
+        "pods_of_kwok_answer_at_their_addresses_and_run_programs",
+        Duration::from_secs(180),
+        || {
+            let lab = Lab::build(conformance::topology(1, Proxy::Nftables)?)?;
+            let kubectl = |words: &[&str]| lab.kubectl("eu-west", words, "");
+            kubectl(&["create", "deployment", "hello", "--image=hello", "--replicas=2", "--port=42"])?;
+            kubectl(&["expose", "deployment", "hello", "--port=42", "--name=hello"])?;
+            kubectl(&["wait", "--for=condition=Available", "deployment/hello", "--timeout=30s"])?;
+            let pods = kubectl(&["get", "pods", "-o", "jsonpath={.items[*].status.podIP}"])?;
+            let pods: BTreeSet<_> = pods.split_whitespace().map(|ip| format!("pod ip {ip}")).collect();
+            ensure!(pods.len() == 2, "{pods:?}");
+            let ask =
+                ["exec", "deploy/hello", "--", "sh", "-c", "echo hi | nc hello.default.svc.cluster.local 42"];
+            let mut seen = BTreeSet::new();
+            wait_until("both pods behind the Service", SOON, || {
+                seen.insert(kubectl(&ask)?.trim().to_owned());
+                ensure!(seen == pods, "{seen:?} answered, of {pods:?}");
+                Ok(())
+            })?;
+            let name = ["exec", "deploy/hello", "--", "nslookup", "hello.default.svc.cluster.local"];
+            let address = kubectl(&["get", "service", "hello", "-o", "jsonpath={.spec.clusterIP}"])?;
+            let answer = kubectl(&name)?;
+            ensure!(answer.contains(&address), "{address} is not in: {answer}");
             Ok(())
         },
     );

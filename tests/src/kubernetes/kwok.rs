@@ -44,10 +44,14 @@ pub(crate) fn wire(place: &Place, node: &Node, on: &Place) -> Result<()> {
         cni4 = node.cni4,
         cni6 = node.cni6,
     ))?;
-    // The API server asks the kubelet at the node's address.
+    // The API server asks the kubelet at the node's address. Who asks for a Service from within the place, and is sent to
+    // a pod within it, must come from elsewhere: else the answer would not pass the node, which has to turn it back.
+    let (pods4, pods6) = (node.pods4, node.pods6);
     on.nft(&format!(
-        "table ip kubelet {{\n chain prerouting {{\n  type nat hook prerouting priority dstnat - 1;\n  \
-         ip daddr {} tcp dport {KUBELET} dnat to {own4}:{KUBELET}\n }}\n}}\n",
+        "table inet kubelet {{\n chain prerouting {{\n  type nat hook prerouting priority dstnat - 1;\n  \
+         ip daddr {} tcp dport {KUBELET} dnat ip to {own4}:{KUBELET}\n }}\n chain postrouting {{\n  \
+         type nat hook postrouting priority srcnat - 1;\n  ip saddr {own4} ip daddr {pods4} masquerade\n  \
+         ip6 saddr {own6} ip6 daddr {pods6} masquerade\n }}\n}}\n",
         node.v4
     ))
 }
@@ -73,7 +77,7 @@ impl Lab {
         pki::write(&dir, "kubelet.crt", &server.certificate)?;
         pki::write(&dir, "kubelet.key", &server.key)?;
         let client = authority.client(&format!("system:node:{}", node.name), Some("system:masters"))?;
-        let text = authority.kubeconfig(&url(control), &client);
+        let text = authority.kubeconfig(&node.cluster, &url(control), &client);
         pki::write(&dir, "kubeconfig", &text)?;
         pki::write(&dir, "kwok.yaml", STAGES)?;
         // The suite's images have busybox's `sh`, `nc` and `nslookup`, whose output it reads.
@@ -144,6 +148,19 @@ metadata:
   name: gone
 spec:
   resourceRef: { apiGroup: v1, kind: Pod }
+  selector:
+    matchExpressions:
+      - { key: .metadata.deletionTimestamp, operator: Exists }
+  next:
+    delete: true
+---
+apiVersion: kwok.x-k8s.io/v1alpha1
+kind: Stage
+metadata:
+  # The lab speaks for nodes; kwok looks after the pods of those alone for which it has a stage.
+  name: node
+spec:
+  resourceRef: { apiGroup: v1, kind: Node }
   selector:
     matchExpressions:
       - { key: .metadata.deletionTimestamp, operator: Exists }

@@ -6,10 +6,13 @@
 //! virtual addresses, rules.
 
 mod binary;
+pub mod conformance;
+mod install;
 pub(crate) mod kwok;
 mod object;
 mod pki;
 mod plane;
 
 pub use binary::{find, missing};
+pub use install::SYSTEM;
 pub use plane::{ADMIN, admin_kubeconfig};

@@ -60,12 +60,18 @@ fn node(cluster: &Cluster, node: &Node) -> Value {
     if node.gateway {
         labels["tombolo.dev/gateway"] = "true".into();
     }
+    let mut spec =
+        json!({ "podCIDR": node.pods4, "podCIDRs": [node.pods4.to_string(), node.pods6.to_string()] });
+    if !node.kwok {
+        // Its pods are the lab's: nobody would run what the scheduler sent.
+        spec["taints"] = json!([{ "key": "lab", "effect": "NoSchedule" }]);
+    }
     let room = json!({ "cpu": "8", "memory": "16Gi", "pods": "250" });
     json!({
         "apiVersion": "v1",
         "kind": "Node",
         "metadata": { "name": node.name, "labels": labels },
-        "spec": { "podCIDR": node.pods4, "podCIDRs": [node.pods4.to_string(), node.pods6.to_string()] },
+        "spec": spec,
         "status": {
             "addresses": [
                 { "type": "InternalIP", "address": node.v4 },
@@ -121,6 +127,23 @@ pub(super) fn pod_status(node: &Node, pod: &Pod, ready: bool) -> Value {
             "conditions": [
                 is("PodScheduled", true), is("Initialized", true), is("ContainersReady", ready), is("Ready", ready),
             ],
+        },
+    })
+}
+
+/// A pod of Tombolo's own programs.
+pub(super) fn agent(pod: &Pod, account: &str, host_network: bool) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": pod.name, "namespace": pod.namespace, "labels": { "app.kubernetes.io/name": pod.app },
+        },
+        "spec": {
+            "nodeName": pod.node,
+            "serviceAccountName": account,
+            "hostNetwork": host_network,
+            "containers": [{ "name": "agent", "image": "lab" }],
         },
     })
 }

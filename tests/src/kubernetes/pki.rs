@@ -59,8 +59,8 @@ impl Authority {
         Ok(Identity { certificate: certificate.pem(), key: key.serialize_pem() })
     }
 
-    /// The kubeconfig of who talks to the API server at this URL.
-    pub(super) fn kubeconfig(&self, server: &str, identity: &Identity) -> String {
+    /// The kubeconfig of who talks to the API server of this cluster at this URL.
+    pub(super) fn kubeconfig(&self, cluster: &str, server: &str, identity: &Identity) -> String {
         let user = serde_json::json!({
             "client-certificate-data": BASE64.encode(identity.certificate.as_bytes()),
             "client-key-data": BASE64.encode(identity.key.as_bytes()),
@@ -71,12 +71,12 @@ impl Authority {
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{
-                "name": "lab",
+                "name": cluster,
                 "cluster": { "server": server, "certificate-authority-data": authority },
             }],
-            "users": [{ "name": "user", "user": user }],
-            "contexts": [{ "name": "lab", "context": { "cluster": "lab", "user": "user" } }],
-            "current-context": "lab",
+            "users": [{ "name": cluster, "user": user }],
+            "contexts": [{ "name": cluster, "context": { "cluster": cluster, "user": cluster } }],
+            "current-context": cluster,
         })
         .to_string()
     }

@@ -41,18 +41,18 @@ impl Lab {
         for (file, server) in
             [("admin.kubeconfig", "https://127.0.0.1:6443".to_owned()), ("remote.kubeconfig", url(control))]
         {
-            pki::write(&dir, file, &authority.kubeconfig(&server, &admin))?;
+            pki::write(&dir, file, &authority.kubeconfig(&cluster.id, &server, &admin))?;
         }
         for node in &cluster.nodes {
             let identity = authority.client("system:kube-proxy", None)?;
-            let text = authority.kubeconfig(&url(control), &identity);
+            let text = authority.kubeconfig(&cluster.id, &url(control), &identity);
             pki::write(&self.state_dir(&node.name), "kube-proxy.kubeconfig", &text)?;
             if node.kwok {
                 self.prepare_kwok(&authority, control, node)?;
             }
         }
         let identity = authority.client("system:serviceaccount:kube-system:coredns", None)?;
-        let text = authority.kubeconfig(&url(control), &identity);
+        let text = authority.kubeconfig(&cluster.id, &url(control), &identity);
         pki::write(&self.state_dir(&control.dns.name), "coredns.kubeconfig", &text)?;
         self.start(&control.place, "etcd", &etcd()?)?;
         self.start(&control.place, "kube-apiserver", &api_server(control)?)

@@ -43,7 +43,7 @@ pub enum Api {
     /// A directory that its nodes share.
     Directory,
     /// A real kube-apiserver.
-    Kubernetes(ControlPlane),
+    Kubernetes(Box<ControlPlane>),
 }
 
 /// Where a cluster of `api: kubernetes` has its API and its DNS.
@@ -59,6 +59,15 @@ pub struct ControlPlane {
     pub proxy: Proxy,
     /// The pod in which CoreDNS runs, on the first node: `dns-CLUSTER`.
     pub dns: Pod,
+    /// The pods of Tombolo's controllers, one on the first node and one on the last: `controller-CLUSTER-0` and `-1`.
+    pub controllers: [Pod; 2],
+}
+
+impl ControlPlane {
+    /// The pods of the control plane's own: of names and of controllers.
+    pub fn pods(&self) -> impl Iterator<Item = &Pod> {
+        std::iter::once(&self.dns).chain(&self.controllers)
+    }
 }
 
 impl Cluster {
@@ -97,23 +106,30 @@ impl ApiFile {
                 Ok(Api::Directory)
             }
             Self::Kubernetes => {
-                let first =
-                    nodes.iter().find(|n| !n.kwok).context("the cluster needs a node that is not kwok's")?;
-                Ok(Api::Kubernetes(ControlPlane {
+                let mut own = nodes.iter().filter(|n| !n.kwok);
+                let first = own.next().context("the cluster needs a node that is not kwok's")?;
+                let last = own.next_back().unwrap_or(first);
+                let pod = |name: String, namespace: &str, app: &str, node: &Node, host| Pod {
+                    name,
+                    namespace: namespace.to_owned(),
+                    app: app.to_owned(),
+                    node: node.name.clone(),
+                    cluster: cluster.to_owned(),
+                    v4: host4(node.pods4, host),
+                    v6: host6(node.pods6, host),
+                };
+                let controller = |number: u8, node: &Node| {
+                    let name = format!("controller-{cluster}-{number}");
+                    pod(name, "tombolo-system", "tombolo-controller", node, 7 + number)
+                };
+                Ok(Api::Kubernetes(Box::new(ControlPlane {
                     place: format!("api-{cluster}"),
                     v4: host4(lan4, 253),
                     v6: host6(lan6, 253),
                     proxy: proxy.unwrap_or_default(),
-                    dns: Pod {
-                        name: format!("dns-{cluster}"),
-                        namespace: "kube-system".to_owned(),
-                        app: "kube-dns".to_owned(),
-                        node: first.name.clone(),
-                        cluster: cluster.to_owned(),
-                        v4: host4(first.pods4, 9),
-                        v6: host6(first.pods6, 9),
-                    },
-                }))
+                    dns: pod(format!("dns-{cluster}"), "kube-system", "kube-dns", first, 9),
+                    controllers: [controller(0, first), controller(1, last)],
+                })))
             }
         }
     }
