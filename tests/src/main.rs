@@ -100,6 +100,16 @@ enum Command {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// Run kubectl as the administrator of a cluster of `api: kubernetes` in a running lab
+    Kubectl {
+        /// The cluster.
+        cluster: String,
+        #[command(flatten)]
+        lab: Named,
+        /// What kubectl is to do.
+        #[arg(last = true, required = true)]
+        words: Vec<String>,
+    },
     /// Tell what there is in a running lab
     Status {
         #[command(flatten)]
@@ -450,6 +460,11 @@ fn columns<const N: usize>(rows: &[[String; N]]) -> String {
     rows.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
+fn exec(lab: &Named, place: &str, command: &[String]) -> Result<ExitCode> {
+    let status = control::exec(&control::connect(lab.name.as_deref())?, place, command)?;
+    Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)))
+}
+
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Demo => {
@@ -524,9 +539,9 @@ fn run(command: Command) -> Result<ExitCode> {
             }
             up(topology, &name, bare)?;
         }
-        Command::Exec { place, lab, command } => {
-            let status = control::exec(&control::connect(lab.name.as_deref())?, &place, &command)?;
-            return Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)));
+        Command::Exec { place, lab, command } => return exec(&lab, &place, &command),
+        Command::Kubectl { cluster, lab, words } => {
+            return exec(&lab, &format!("api-{cluster}"), &kubernetes::kubectl(&words)?);
         }
         Command::Status { lab, json } => {
             let answer = control::ask(&control::connect(lab.name.as_deref())?, &Request::Status)?;

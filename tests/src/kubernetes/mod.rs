@@ -15,4 +15,4 @@ mod plane;
 
 pub use binary::{find, missing};
 pub use install::SYSTEM;
-pub use plane::{ADMIN, admin_kubeconfig};
+pub use plane::{admin_kubeconfig, kubectl};

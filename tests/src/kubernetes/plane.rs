@@ -17,7 +17,7 @@ use crate::topology::{CLUSTER_DNS, Cluster, ControlPlane, Node, SERVICES4, SERVI
 /// The directory of a control plane, there.
 const PLANE: &str = "/run/lab/cluster";
 /// The kubeconfig of the cluster's administrator, in the place of the API.
-pub const ADMIN: &str = "/run/lab/cluster/admin.kubeconfig";
+const ADMIN: &str = "/run/lab/cluster/admin.kubeconfig";
 /// A node's or pod's private directory, there.
 const STATE: &str = crate::program::STATE_DIR;
 
@@ -123,9 +123,8 @@ impl Lab {
     /// What it said.
     pub fn kubectl(&self, cluster: &str, words: &[&str], input: &str) -> Result<String> {
         let control = self.control_plane(cluster)?;
-        let mut command = self.place(&control.place)?.command(find("kubectl")?);
-        command.args(words).env("KUBECONFIG", ADMIN).env("KUBECACHEDIR", format!("{STATE}/kubectl"));
-        run(command, input)
+        let words: Vec<_> = words.iter().map(|w| (*w).to_owned()).collect();
+        run(self.command(&control.place, &kubectl(&words)?)?, input)
     }
 
     /// Writes objects (one, or a List) into a cluster of `api: kubernetes`, as the administrator.
@@ -196,6 +195,18 @@ fn line(program: &str, args: &[&str]) -> Result<Vec<String>> {
     let mut line = vec![find(program)?];
     line.extend(args.iter().map(|a| (*a).to_owned()));
     Ok(line)
+}
+
+/// kubectl as a cluster's administrator, in the place of its API.
+///
+/// # Errors
+/// If it is not there.
+pub fn kubectl(words: &[String]) -> Result<Vec<String>> {
+    let line = std::iter::once(find("kubectl")?).chain(words.iter().cloned()).collect();
+    Ok(crate::program::with(
+        &[&format!("KUBECONFIG={ADMIN}"), &format!("KUBECACHEDIR={STATE}/kubectl")],
+        line,
+    ))
 }
 
 fn etcd() -> Result<Vec<String>> {
