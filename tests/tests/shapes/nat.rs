@@ -136,9 +136,9 @@ fn behind_a_nat() {
             let new = |e: &SocketAddr| (low..=high).contains(&e.port());
             ensure!(seen.iter().any(new), "us-gw1 sees its peers at {seen:?}, not at {ports}");
         }
-        // Where us sees eu's gateway is where others may find it; us is behind nothing.
+        // Where us sees eu's gateway is where others may find it.
         wait_until("eu to tell where it is seen", Duration::from_secs(90), || {
-            let told = lab.tombolo("us-gw1", &["status", "-o", "wide"])?;
+            let told = lab.tombolo("eu-gw1", &["status", "-o", "wide"])?;
             ensure!(told.contains("172.30.2.254"), "not where the NAT is:\n{told}");
             Ok(())
         })?;
