@@ -9,13 +9,17 @@
 #![deny(unsafe_code)]
 
 pub mod allowed;
+pub mod checksum;
+pub mod coalesce;
 pub mod daemon;
 pub mod device;
 pub mod identity;
 pub mod key;
 pub mod name;
 pub mod noise;
+pub mod outbox;
 pub mod packet;
+pub mod segment;
 pub mod serve;
 pub mod server;
 pub mod stamp;
@@ -24,4 +28,5 @@ pub mod supervisor;
 pub mod tun;
 pub mod uapi;
 pub mod udp;
+pub mod vnet;
 pub mod worker;
