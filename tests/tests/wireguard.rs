@@ -130,6 +130,55 @@ fn configurations_are_synchronised_without_disturbing_the_tunnel() {
 }
 
 #[test]
+fn each_offload_can_be_missing() {
+    // At one end, at the other, at both; the last as an old kernel has it.
+    let ways = ["", "uso", "tso,uso", "join", "segment", "gro", "vnet", "vnet,segment,gro"];
+    for (i, without) in ways.into_iter().enumerate() {
+        let net = Net::new();
+        let at = |end: usize| if i % 3 == end { "" } else { without };
+        let ends = (net.device_without("a", Kind::Ours, at(1)), net.device_without("b", Kind::Ours, at(2)));
+        let (a, b) = net.join(ends.0, ends.1);
+        net.ping("a", "10.99.0.2", 3, 0);
+        for (end, to) in [(&a, "10.99.0.2"), (&b, "fd99::1")] {
+            assert!(net.megabits(end.place, to) > 20.0, "without `{without}`\n{}", net.logs());
+        }
+        net.ping_with("a", &["-M", "do", "-s", "1392", "-c", "3", "-i", "0.05"], "10.99.0.2", 3, 0);
+        net.udp("a", "10.99.0.2");
+        net.udp("b", "fd99::1");
+        // Whether they are in use shows in the lengths of what passes.
+        for (end, without) in [(&a, at(1)), (&b, at(2))] {
+            let not = |name: &str| without.split(',').any(|word| word == name);
+            let (from_host, to_host) = (net.mean("a", &a.name, "TX:"), net.mean(end.place, &end.name, "RX:"));
+            if end.place == "a" {
+                assert_eq!(from_host > 1500, !not("tso") && !not("vnet"), "without `{without}`: {from_host}");
+            }
+            assert_eq!(to_host > 1500, !not("join") && !not("vnet"), "without `{without}`: {to_host}");
+            let wire = net.mean(end.place, &net.veth(end.place), "TX:");
+            assert_eq!(wire > 1600, !not("segment"), "without `{without}`: {wire}");
+        }
+    }
+}
+
+#[test]
+fn another_worker_goes_on_with_the_offloads() {
+    let net = Net::new();
+    let (a, b) = net.pair(Kind::Ours, Kind::Ours);
+    net.ping("a", "10.99.0.2", 3, 0);
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        for end in [&a, &b] {
+            let worker = wait_for("a worker", || worker_of(end));
+            kill(Pid::from_raw(worker), signal).unwrap();
+            wait_for("another worker", || worker_of(end).filter(|pid| *pid != worker));
+        }
+        net.ping_with("a", &["-c", "20", "-i", "0.01"], "10.99.0.2", 20, 19);
+        let before = net.mean("b", &b.name, "RX:");
+        assert!(net.megabits("a", "10.99.0.2") > 20.0);
+        let after = net.mean("b", &b.name, "RX:");
+        assert!(after > 1500, "{before}, {after}");
+    }
+}
+
+#[test]
 fn a_killed_worker_costs_almost_nothing() {
     let net = Net::new();
     let (a, b) = net.pair(Kind::Ours, Kind::Ours);
@@ -445,6 +494,11 @@ impl Net {
 
     /// A device that is up to be configured.
     fn device(&self, place: &'static str, kind: Kind) -> End {
+        self.device_without(place, kind, "")
+    }
+
+    /// The same, without some of the kernel's offloads.
+    fn device_without(&self, place: &'static str, kind: Kind, offloads: &str) -> End {
         let name = fresh(place);
         let program = match kind {
             Kind::Ours => binary(),
@@ -456,6 +510,7 @@ impl Net {
             .args(["-f", &name])
             .env("TOMBOLO_LOG", "debug")
             .env("TOMBOLO_WIREGUARD_STATE_DIR", self.dir.path().join("stamps"))
+            .env("TOMBOLO_WIREGUARD_WITHOUT", offloads)
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
@@ -482,7 +537,10 @@ impl Net {
 
     /// Two devices that know each other; only the first knows where the other is.
     fn pair(&self, a: Kind, b: Kind) -> (End, End) {
-        let (a, b) = (self.device("a", a), self.device("b", b));
+        self.join(self.device("a", a), self.device("b", b))
+    }
+
+    fn join(&self, a: End, b: End) -> (End, End) {
         let endpoint = format!("192.0.2.2:{}", b.port);
         self.configure(&a, "10.99.0.1", "fd99::1", &b.public, Some(&endpoint), "10.99.0.2/32,fd99::2/128");
         self.configure(&b, "10.99.0.2", "fd99::2", &a.public, None, "10.99.0.1/32,fd99::1/128");
@@ -511,6 +569,24 @@ impl Net {
         Flow { ping: command.spawn().unwrap(), count }
     }
 
+    /// Sends UDP packets in groups, as QUIC does, and slowly enough that none may be lost.
+    fn udp(&self, place: &str, to: &str) {
+        let other = if place == "a" { "b" } else { "a" };
+        let mut server = Guard(
+            self.command(other, "iperf3")
+                .args(["-s", "-1", "-p", "5302"])
+                .stdout(Stdio::null())
+                .spawn()
+                .unwrap(),
+        );
+        wait_for("iperf3", || self.exec(other, &["ss", "-tlnH"]).contains(":5302").then_some(()));
+        let line = ["iperf3", "-u", "-c", to, "-p", "5302", "-t", "1", "-b", "20M", "-l", "1200"];
+        let report = self.exec(place, &line);
+        server.0.wait().unwrap();
+        let line = report.lines().find(|l| l.ends_with("receiver")).unwrap_or_else(|| panic!("{report}"));
+        assert!(line.contains(" 0/"), "{line}\n{}", self.logs());
+    }
+
     fn megabits(&self, place: &str, to: &str) -> f64 {
         let other = if place == "a" { "b" } else { "a" };
         let mut server = Guard(
@@ -529,6 +605,15 @@ impl Net {
         let megabits = words[at - 1].parse().unwrap();
         println!("{place} to {to}: {megabits} Mbit/s");
         megabits
+    }
+
+    /// The mean length of packets that an interface sent, or received.
+    fn mean(&self, place: &str, link: &str, direction: &str) -> u64 {
+        let shown = self.ip(place, &["-s", "link", "show", link]);
+        let mut lines = shown.lines().skip_while(|line| !line.trim().starts_with(direction)).skip(1);
+        let mut numbers = lines.next().unwrap().split_whitespace().map(|n| n.parse::<u64>().unwrap());
+        let (bytes, packets) = (numbers.next().unwrap(), numbers.next().unwrap());
+        bytes / packets.max(1)
     }
 
     fn logs(&self) -> String {

@@ -10,8 +10,10 @@ use zeroize::Zeroizing;
 use crate::allowed::AllowedIps;
 use crate::identity::{Identities, Lines};
 use crate::key::{PresharedKey, PublicKey};
-use crate::noise::{Addressee, Identity, Opened, Scratch, Sink, Tick};
+use crate::limiter::{Limiter, Verdict};
+use crate::noise::{Addressee, COOKIE, INITIATION, Identity, Opened, Proof, Sink, Tick, data_run};
 use crate::packet::Header;
+use crate::segment::{Packets, Single};
 use crate::stamp::Stamps;
 use crate::uapi::{self, AllowedIp, Past, SetDevice, SetPeer, UapiError};
 
@@ -25,12 +27,16 @@ pub const MAX_PEERS: usize = 1 << 16;
 /// margin for what was not yet written down).
 const SESSION_LIFE: Duration = Duration::from_secs(200);
 
-/// The device's two sides.
+/// The device's two sides. What goes out is made in room that they give.
 pub trait Wire {
-    /// Sends a datagram to a peer.
-    fn send(&mut self, to: SocketAddr, datagram: &[u8]);
-    /// Hands a packet from a peer to the host.
-    fn deliver(&mut self, packet: &[u8]);
+    /// Room for a datagram of so many bytes or more. The same until [`Self::send`].
+    fn datagram(&mut self, length: usize) -> &mut [u8];
+    /// Sends the first so many bytes of that room to a peer.
+    fn send(&mut self, to: SocketAddr, length: usize);
+    /// Room for a packet of so many bytes or more. The same until [`Self::deliver`].
+    fn packet(&mut self, length: usize) -> &mut [u8];
+    /// Hands the first so many bytes of that room, a packet from a peer, to the host.
+    fn deliver(&mut self, length: usize);
 }
 
 /// Now, by both clocks.
@@ -57,9 +63,6 @@ pub struct Drops {
     pub source: u64,
 }
 
-/// The first byte of an initiation.
-const INITIATION: u8 = 1;
-
 type Slot = u16;
 
 /// One device.
@@ -74,7 +77,7 @@ pub struct Device {
     free: Vec<Slot>,
     by_key: BTreeMap<PublicKey, Slot>,
     allowed: AllowedIps<Slot>,
-    scratch: Scratch,
+    limiter: Limiter,
     drops: Drops,
     /// The upper bits of the next peer's index, so that messages for one that is gone meet nobody.
     generation: u8,
@@ -108,7 +111,7 @@ impl Device {
             free: Vec::new(),
             by_key: BTreeMap::new(),
             allowed: AllowedIps::new(),
-            scratch: Scratch::new(),
+            limiter: Limiter::default(),
             drops: Drops::default(),
             generation: seed,
             seconds: None,
@@ -242,9 +245,10 @@ impl Device {
         }
     }
 
-    /// A packet from the host.
-    pub fn handle_packet(&mut self, packet: &[u8], at: Moment, wire: &mut impl Wire) {
-        let Ok(header) = Header::parse(packet) else {
+    /// Packets of the host.
+    pub fn handle_packets(&mut self, packets: &mut impl Packets, at: Moment, wire: &mut impl Wire) {
+        let Some(first) = packets.next() else { return };
+        let Ok(header) = Header::parse(first) else {
             self.drops.malformed += 1;
             return;
         };
@@ -252,16 +256,52 @@ impl Device {
             self.drops.no_peer += 1;
             return;
         };
-        if !self.seal(slot, &packet[..header.length], at, wire) {
-            self.drops.no_endpoint += 1;
+        let mut first = Single::new(&first[..header.length]);
+        let sent = self.seal(slot, &mut first, at, wire) && self.seal(slot, packets, at, wire);
+        self.drops.no_endpoint += u64::from(!sent);
+    }
+
+    /// A packet of the host.
+    pub fn handle_packet(&mut self, packet: &[u8], at: Moment, wire: &mut impl Wire) {
+        self.handle_packets(&mut Single::new(packet), at, wire);
+    }
+
+    /// What is no packet came from the host.
+    pub fn handle_malformed(&mut self) {
+        self.drops.malformed += 1;
+    }
+
+    /// Datagrams from the network, of `size` bytes each, but for the last, which may be shorter.
+    pub fn handle_datagrams(
+        &mut self,
+        from: SocketAddr,
+        mut train: &[u8],
+        size: usize,
+        at: Moment,
+        wire: &mut impl Wire,
+    ) {
+        while !train.is_empty() {
+            let (taken, refused) = match data_run(train, size) {
+                Some((index, length)) => {
+                    let run = train[..length].chunks(size.max(1));
+                    let count = run.len() as u64;
+                    (length, self.open_data(from, index, run, at, wire).unwrap_or(count))
+                }
+                None => {
+                    let length = size.clamp(1, train.len());
+                    let opened = self.open(from, &train[..length], at, wire);
+                    (length, u64::from(opened.is_none()))
+                }
+            };
+            self.drops.refused += refused;
+            train = &train[taken..];
         }
     }
 
     /// A datagram from the network.
     pub fn handle_datagram(&mut self, from: SocketAddr, datagram: &[u8], at: Moment, wire: &mut impl Wire) {
-        if self.open(from, datagram, at, wire).is_none() {
-            self.drops.refused += 1;
-        }
+        self.drops.refused += u64::from(datagram.is_empty());
+        self.handle_datagrams(from, datagram, datagram.len(), at, wire);
     }
 
     /// Time has passed; to be called each [`TICK`].
@@ -271,13 +311,15 @@ impl Device {
             self.seconds = Some(at.now);
             self.handle_second(at, wire);
         }
+        let addresses = self.limiter.is_loaded(at.now).then_some(self.peers.iter().flatten());
+        self.limiter.set_peers(addresses.into_iter().flatten().filter_map(|peer| Some(peer.endpoint?.ip())));
         for slot in 0..self.peers.len() {
             let Some(peer) = self.peers[slot].as_mut() else { continue };
             let mut asleep = !peer.lines.is_empty();
             for place in peer.lines.handle_tick(at.now) {
                 let Some(line) = peer.lines.get(place) else { continue };
                 let mut out = Out::new(wire, &self.allowed, slot as Slot, peer.endpoint);
-                asleep &= line.session.handle_tick(&mut self.scratch, &mut out) == Tick::Expired;
+                asleep &= line.session.handle_tick(&mut out) == Tick::Expired;
                 out.account(peer, place, &mut self.stamps, at);
             }
             if asleep && !peer.asleep {
@@ -314,56 +356,77 @@ impl Device {
         }
     }
 
+    /// A message that is no data.
     fn open(&mut self, from: SocketAddr, datagram: &[u8], at: Moment, wire: &mut impl Wire) -> Option<()> {
-        let (own, to) = self.identities.read(from.ip(), datagram, &mut self.scratch)?;
-        let (slot, place) = match &to {
-            Addressee::Challenge(length) => {
-                wire.send(from, Identity::challenge(&self.scratch, *length));
-                return Some(());
+        let (own, to) = self.identities.read(datagram)?;
+        if !matches!(to, Addressee::Cookie(_)) {
+            match self.limiter.handle_message(from.ip(), at.now) {
+                Verdict::Take => {}
+                Verdict::Prove => match own.prove(from.ip(), datagram, wire.datagram(COOKIE))? {
+                    Proof::Given => self.limiter.admit(from.ip(), at.now).then_some(())?,
+                    Proof::Wanted(length) => {
+                        wire.send(from, length);
+                        return Some(());
+                    }
+                },
+                Verdict::Drop => return None,
             }
-            Addressee::Initiation(key) => {
-                let slot = *self.by_key.get(key)?;
+        }
+        let (slot, place) = match to {
+            Addressee::Initiation => {
+                let slot = *self.by_key.get(&own.caller(datagram)?)?;
+                let own = own.public();
                 (slot, self.add_line(slot, Some(&own))?)
             }
-            Addressee::Response(index) | Addressee::Cookie(index) | Addressee::Data(index) => {
-                let (slot, generation) = (*index as Slot, (*index >> 16) as u8);
-                (slot, self.peers.get(usize::from(slot))?.as_ref()?.lines.of(generation)?)
-            }
+            Addressee::Response(index) | Addressee::Cookie(index) => self.find(index)?,
         };
         let peer = self.peers.get_mut(usize::from(slot))?.as_mut()?;
         let line = peer.lines.get(place)?;
         let mut out = Out::new(wire, &self.allowed, slot, Some(from));
-        let Opened { authentic, handshake } =
-            line.session.open(from.ip(), datagram, &to, &mut self.scratch, &mut out);
-        self.drops.source += out.foreign;
+        let opened = line.session.open(from.ip(), datagram, to, &mut out);
         out.account(peer, place, &mut self.stamps, at);
-        if !authentic {
-            // A cookie is for the handshake alone; it proves nothing about where the peer is.
-            return matches!(to, Addressee::Cookie(_)).then_some(());
+        // A cookie is for the handshake alone; it proves nothing about where the peer is.
+        if opened.refused == 0 && !matches!(to, Addressee::Cookie(_)) {
+            self.changed |= peer.handle_opened(opened, place, from, at);
         }
-        peer.past.rx_bytes += datagram.len() as u64;
-        peer.last_traffic = at.now;
-        if peer.endpoint != Some(from) {
-            tracing::debug!(peer = %peer.key, %from, "peer has moved");
-            peer.endpoint = Some(from);
-            self.changed = true;
-        }
-        if handshake {
-            tracing::debug!(peer = %peer.key, "handshake completed");
-            peer.lines.handle_handshake(place, at.now);
-            (peer.past.last_handshake, peer.handshake) = (at.wall, Some(at.now));
-            self.changed = true;
-        }
-        Some(())
+        (opened.refused == 0 || matches!(to, Addressee::Cookie(_))).then_some(())
     }
 
-    fn seal(&mut self, slot: Slot, packet: &[u8], at: Moment, wire: &mut impl Wire) -> bool {
+    /// Data for one receiver. Says how many messages were refused.
+    fn open_data<'d>(
+        &mut self,
+        from: SocketAddr,
+        index: u32,
+        datagrams: impl Iterator<Item = &'d [u8]>,
+        at: Moment,
+        wire: &mut impl Wire,
+    ) -> Option<u64> {
+        let (slot, place) = self.find(index)?;
+        let peer = self.peers.get_mut(usize::from(slot))?.as_mut()?;
+        let line = peer.lines.get(place)?;
+        let mut out = Out::new(wire, &self.allowed, slot, Some(from));
+        let opened = line.session.open_data(datagrams, &mut out);
+        self.drops.source += out.foreign;
+        out.account(peer, place, &mut self.stamps, at);
+        if opened.bytes > 0 {
+            self.changed |= peer.handle_opened(opened, place, from, at);
+        }
+        Some(opened.refused)
+    }
+
+    /// The peer and the line that messages with this index are for.
+    fn find(&self, index: u32) -> Option<(Slot, usize)> {
+        let (slot, generation) = (index as Slot, (index >> 16) as u8);
+        Some((slot, self.peers.get(usize::from(slot))?.as_ref()?.lines.of(generation)?))
+    }
+
+    fn seal(&mut self, slot: Slot, packets: &mut impl Packets, at: Moment, wire: &mut impl Wire) -> bool {
         let Some(peer) = self.peers[usize::from(slot)].as_mut() else { return false };
         let (Some((place, line)), Some(endpoint)) = (peer.lines.sending(), peer.endpoint) else {
             return false;
         };
         let mut out = Out::new(wire, &self.allowed, slot, Some(endpoint));
-        line.session.seal([packet], &mut self.scratch, &mut out);
+        line.session.seal(packets, &mut out);
         out.account(peer, place, &mut self.stamps, at);
         peer.last_traffic = at.now;
         true
@@ -374,7 +437,7 @@ impl Device {
         let Some(peer) = self.peers[usize::from(slot)].as_mut() else { return };
         let (Some(line), Some(endpoint)) = (peer.lines.get(place), peer.endpoint) else { return };
         let mut out = Out::new(wire, &self.allowed, slot, Some(endpoint));
-        line.session.initiate(&mut self.scratch, &mut out);
+        line.session.initiate(&mut out);
         out.account(peer, place, &mut self.stamps, at);
         peer.last_traffic = at.now;
     }
@@ -392,7 +455,7 @@ impl Device {
         let Some((place, line)) = peer.lines.sending() else { return };
         let stale = line.session.is_stale();
         if carries {
-            self.seal(slot, &[], at, wire);
+            self.seal(slot, &mut Single::new(&[]), at, wire);
             if stale {
                 self.call(slot, place, at, wire);
             }
@@ -531,6 +594,25 @@ impl Device {
     }
 }
 
+impl Peer {
+    /// Authentic messages came by the line at `place`. True if anything changed that should survive our death.
+    fn handle_opened(&mut self, opened: Opened, place: usize, from: SocketAddr, at: Moment) -> bool {
+        self.past.rx_bytes += opened.bytes;
+        self.last_traffic = at.now;
+        let moved = self.endpoint != Some(from);
+        if moved {
+            tracing::debug!(peer = %self.key, %from, "peer has moved");
+            self.endpoint = Some(from);
+        }
+        if opened.handshake {
+            tracing::debug!(peer = %self.key, "handshake completed");
+            self.lines.handle_handshake(place, at.now);
+            (self.past.last_handshake, self.handshake) = (at.wall, Some(at.now));
+        }
+        moved || opened.handshake
+    }
+}
+
 /// The index and generation for a new line of a peer: none of its others has it.
 fn next_index(generation: &mut u8, slot: Slot) -> impl FnMut(&Lines) -> (u32, u8) {
     move |lines| {
@@ -558,11 +640,13 @@ struct Out<'a, W> {
     sent: u64,
     foreign: u64,
     called: bool,
+    /// The last source that the peer was found to own.
+    proved: Option<IpAddr>,
 }
 
 impl<'a, W> Out<'a, W> {
     fn new(wire: &'a mut W, allowed: &'a AllowedIps<Slot>, slot: Slot, to: Option<SocketAddr>) -> Self {
-        Self { wire, allowed, slot, to, sent: 0, foreign: 0, called: false }
+        Self { wire, allowed, slot, to, sent: 0, foreign: 0, called: false, proved: None }
     }
 
     /// Writes down what went out by the peer's line at `place`.
@@ -576,23 +660,35 @@ impl<'a, W> Out<'a, W> {
         }
     }
 
-    fn may_use(&self, source: IpAddr) -> bool {
-        self.allowed.owner(source) == Some(self.slot)
+    fn may_use(&mut self, source: IpAddr) -> bool {
+        if self.proved != Some(source) {
+            self.proved = Some(source).filter(|source| self.allowed.owner(*source) == Some(self.slot));
+        }
+        self.proved.is_some()
     }
 }
 
 impl<W: Wire> Sink for Out<'_, W> {
-    fn network(&mut self, datagram: &[u8]) {
+    fn message(&mut self, length: usize) -> &mut [u8] {
+        self.wire.datagram(length)
+    }
+
+    fn send(&mut self, length: usize) {
         if let Some(to) = self.to {
-            self.wire.send(to, datagram);
-            self.sent += datagram.len() as u64;
-            self.called |= datagram.first() == Some(&INITIATION);
+            self.called |= self.wire.datagram(length).first() == Some(&INITIATION);
+            self.wire.send(to, length);
+            self.sent += length as u64;
         }
     }
 
-    fn tunnel(&mut self, packet: &[u8]) {
-        match Header::parse(packet) {
-            Ok(header) if self.may_use(header.source) => self.wire.deliver(&packet[..header.length]),
+    fn packet(&mut self, length: usize) -> &mut [u8] {
+        self.wire.packet(length)
+    }
+
+    fn deliver(&mut self, length: usize) {
+        let header = self.wire.packet(length).get(..length).map(Header::parse);
+        match header {
+            Some(Ok(header)) if self.may_use(header.source) => self.wire.deliver(header.length),
             _ => self.foreign += 1,
         }
     }

@@ -6,11 +6,10 @@
 //! own key and a peer's. What is sent takes the line whose handshake is the newest; what arrives may come by any. Nothing
 //! of it is negotiated, and a peer that was removed has no lines.
 
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use crate::key::{PresharedKey, PrivateKey, PublicKey};
-use crate::noise::{Addressee, Identity, Scratch, Session};
+use crate::noise::{Addressee, Identity, Session};
 
 /// How long a previous key is answered to at least: a session under it lives no longer (REJECT_AFTER_TIME of the
 /// WireGuard paper).
@@ -88,20 +87,14 @@ impl Identities {
         changed
     }
 
-    /// Reads whom a datagram is for, and to which own key.
-    pub fn read(
-        &self,
-        from: IpAddr,
-        datagram: &[u8],
-        scratch: &mut Scratch,
-    ) -> Option<(PublicKey, Addressee)> {
+    /// Reads whom a datagram that is no data is for, and to which own key.
+    pub fn read(&self, datagram: &[u8]) -> Option<(&Identity, Addressee)> {
         // The key stands in a handshake message's first check: it fits one of them, or none.
-        self.all().find_map(|own| Some((own.public(), own.read(from, datagram, scratch)?)))
+        self.all().find_map(|own| Some((own, own.read(datagram)?)))
     }
 
     /// To be called about once a second.
     pub fn handle_second(&mut self, now: Instant) {
-        self.all().for_each(Identity::handle_second);
         if let Some(previous) = &mut self.previous {
             previous.age += now.saturating_duration_since(previous.at);
             previous.at = now;

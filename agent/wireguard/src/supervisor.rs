@@ -4,6 +4,7 @@ use thiserror::Error;
 use tombolo_hold::{Event, HoldError, Memory, Supervisor};
 
 use crate::name::DeviceName;
+use crate::offload::Offloads;
 use crate::server::{self, SocketError};
 use crate::tun::{Tun, TunError};
 use crate::worker;
@@ -25,7 +26,7 @@ pub enum DeviceError {
 /// Creates the device `name` and runs it to its end; `ready` is called once it can be configured. Returns the
 /// worker's exit code.
 pub fn run(name: &DeviceName, ready: impl FnOnce()) -> Result<i32, DeviceError> {
-    let tun = Tun::create(name)?;
+    let tun = Tun::create(name, Offloads::from_env())?;
     let listener = server::listen(name)?;
     let path = server::path_of(name);
     let inode = server::inode(&path);

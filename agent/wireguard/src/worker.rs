@@ -1,7 +1,6 @@
 //! The process, and the one thread in it, that carries a device's packets.
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -17,9 +16,11 @@ use tombolo_hold::{Held, HoldError, Keeper, Memory};
 use zeroize::Zeroizing;
 
 use crate::daemon;
-use crate::device::{Device, Moment, TICK, Wire};
+use crate::device::{Device, Moment, TICK};
+use crate::link::Links;
 use crate::name::DeviceName;
 use crate::noise::BUFFER;
+use crate::offload::Offloads;
 use crate::server::{self, Answer, Ask};
 use crate::stamp;
 use crate::tun::Tun;
@@ -40,8 +41,9 @@ pub mod held {
     pub const UDP6: &str = "udp6";
 }
 
-/// Packets of one source that are carried before the others have their turn.
-const BURST: usize = 64;
+/// Calls to one source before the others have their turn, and bytes from the network.
+const BURST: usize = 512;
+const BURST_BYTES: usize = 256 << 10;
 
 /// How often counters are written down. What configures, handshakes and movements are at once, as long as writing
 /// takes no more than one part in [`SAVING`] of the time: then they wait for the next turn.
@@ -81,10 +83,12 @@ pub enum End {
 pub fn run(name: &DeviceName) -> Result<End, WorkerError> {
     let mut held = Held::from_env()?.ok_or_else(|| WorkerError::Alone(name.clone()))?;
     let mut take = |what: &str| held.take(what).ok_or_else(|| WorkerError::Alone(name.clone()));
-    let tun = Tun::from(take(held::TUN)?);
+    let tun = take(held::TUN)?;
     let listener = UnixListener::from(take(held::UAPI)?);
     let memory = Memory::from(take(held::STATE)?);
-    let udp = take(held::UDP4).ok().map(|v4| Udp::from_held(v4, take(held::UDP6).ok()));
+    let offloads = Offloads::from_env();
+    let mut links = Links::new(tun, offloads).map_err(io_error("use the TUN"))?;
+    links.udp = take(held::UDP4).ok().map(|v4| Udp::from_held(v4, take(held::UDP6).ok(), offloads));
     let keeper = held.into_keeper();
 
     // Before there are threads, so that all of them have it.
@@ -102,7 +106,8 @@ pub fn run(name: &DeviceName) -> Result<End, WorkerError> {
     let mut worker = Worker {
         name: name.clone(),
         device: Device::new(seed as u8),
-        links: Links { tun, udp },
+        links,
+        offloads,
         keeper,
         memory,
         signals,
@@ -127,6 +132,7 @@ struct Worker {
     name: DeviceName,
     device: Device,
     links: Links,
+    offloads: Offloads,
     keeper: Keeper,
     memory: Memory,
     signals: SignalFd,
@@ -138,25 +144,6 @@ struct Worker {
     socket: Option<(u64, u64)>,
     /// Its process id.
     supervisor: u32,
-}
-
-struct Links {
-    tun: Tun,
-    udp: Option<Udp>,
-}
-
-impl Wire for Links {
-    fn send(&mut self, to: SocketAddr, datagram: &[u8]) {
-        if let Some(Err(error)) = self.udp.as_ref().map(|udp| udp.send(to, datagram)) {
-            tracing::trace!(%to, %error, "datagram not sent");
-        }
-    }
-
-    fn deliver(&mut self, packet: &[u8]) {
-        if let Err(error) = self.tun.write(packet) {
-            tracing::trace!(%error, "packet not delivered");
-        }
-    }
 }
 
 #[derive(Default)]
@@ -261,7 +248,10 @@ impl Worker {
         }
     }
 
-    fn wait(&self, tick: Instant) -> Result<Ready, WorkerError> {
+    fn wait(&mut self, tick: Instant) -> Result<Ready, WorkerError> {
+        // What was made since, by timers and changes.
+        self.links.send_all();
+        self.links.deliver_all();
         let left = tick.saturating_duration_since(Instant::now());
         // Rounded up, so as not to spin through the last millisecond.
         let left = u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
@@ -274,9 +264,9 @@ impl Worker {
             PollFd::new(self.bell.as_fd(), PollFlags::empty()),
         ];
         if let Some(udp) = &self.links.udp {
-            fds[3] = PollFd::new(udp.v4.as_fd(), PollFlags::POLLIN);
-            if let Some(v6) = &udp.v6 {
-                fds[4] = PollFd::new(v6.as_fd(), PollFlags::POLLIN);
+            fds[3] = PollFd::new(udp.v4(), PollFlags::POLLIN);
+            if let Some(v6) = udp.v6() {
+                fds[4] = PollFd::new(v6, PollFlags::POLLIN);
             }
         }
         match poll(&mut fds, PollTimeout::from(left)) {
@@ -291,32 +281,44 @@ impl Worker {
     /// Datagrams from the network.
     fn receive(&mut self, ready: &Ready, at: Moment) {
         for (ready, v6) in [(ready.udp4, false), (ready.udp6, true)] {
-            for _ in 0..if ready { BURST } else { 0 } {
-                let Some(udp) = &self.links.udp else { return };
-                let socket = if v6 { udp.v6.as_ref() } else { Some(&udp.v4) };
-                match socket.map(|s| s.recv_from(&mut self.buffer)) {
-                    Some(Ok((n, from))) => {
-                        self.device.handle_datagram(from, &self.buffer[..n], at, &mut self.links);
+            let (mut calls, mut bytes) = (0, 0);
+            while ready && calls < BURST && bytes < BURST_BYTES {
+                let Some(udp) = &mut self.links.udp else { return };
+                match udp.receive(v6, &mut self.buffer) {
+                    Ok(train) => {
+                        (calls, bytes) = (calls + 1, bytes + train.length);
+                        let datagrams = &self.buffer[..train.length];
+                        let (from, size) = (train.from, train.size);
+                        self.device.handle_datagrams(from, datagrams, size, at, &mut self.links);
                     }
-                    Some(Err(e)) if e.kind() != io::ErrorKind::WouldBlock => {
-                        tracing::trace!(error = %e, "receive");
+                    Err(e) => {
+                        if e.kind() != io::ErrorKind::WouldBlock {
+                            tracing::trace!(error = %e, "receive");
+                        }
                         break;
                     }
-                    _ => break,
                 }
             }
         }
+        self.links.deliver_all();
     }
 
     /// Packets from the host; false when there is no interface any more.
     fn transmit(&mut self, at: Moment) -> bool {
-        for _ in 0..BURST {
-            match self.links.tun.read(&mut self.buffer) {
-                Ok(n) => self.device.handle_packet(&self.buffer[..n], at, &mut self.links),
+        let mut calls = 0;
+        // All that waits, as far as it is sent at once.
+        while calls < BURST && !self.links.is_full() {
+            match self.links.read(&mut self.buffer) {
+                Ok(Some(mut packets)) => {
+                    self.device.handle_packets(&mut packets, at, &mut self.links);
+                }
+                Ok(None) => self.device.handle_malformed(),
                 Err(e) if e.raw_os_error() == Some(libc::EBADFD) => return false,
                 Err(_) => break,
             }
+            calls += 1;
         }
+        self.links.send_all();
         true
     }
 
@@ -370,10 +372,12 @@ impl Worker {
 
     /// Opens sockets in place of those there are, and has them held.
     fn bind(&mut self, port: u16, mark: u32) -> io::Result<()> {
-        let udp = Udp::bind(port, mark)?;
+        // What is on its way goes by the old ones.
+        self.links.send_all();
+        let udp = Udp::bind(port, mark, self.offloads)?;
         let bound = udp.port()?;
-        let kept = self.keeper.keep(held::UDP4, udp.v4.as_fd()).and_then(|()| match &udp.v6 {
-            Some(v6) => self.keeper.keep(held::UDP6, v6.as_fd()),
+        let kept = self.keeper.keep(held::UDP4, udp.v4()).and_then(|()| match udp.v6() {
+            Some(v6) => self.keeper.keep(held::UDP6, v6),
             None => self.keeper.release(held::UDP6),
         });
         if let Err(error) = kept {

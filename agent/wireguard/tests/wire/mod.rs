@@ -5,20 +5,33 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use tombolo_wireguard::device::{Device, Moment, Wire};
 use tombolo_wireguard::key::PrivateKey;
+use tombolo_wireguard::noise::BUFFER;
 use tombolo_wireguard::uapi::{Request, parse_request};
 
-#[derive(Default)]
 pub(crate) struct Tray {
     pub(crate) datagrams: Vec<(SocketAddr, Vec<u8>)>,
     pub(crate) packets: Vec<Vec<u8>>,
+    room: Vec<u8>,
+}
+
+impl Default for Tray {
+    fn default() -> Self {
+        Self { datagrams: Vec::new(), packets: Vec::new(), room: vec![0; BUFFER] }
+    }
 }
 
 impl Wire for Tray {
-    fn send(&mut self, to: SocketAddr, datagram: &[u8]) {
-        self.datagrams.push((to, datagram.to_vec()));
+    fn datagram(&mut self, _length: usize) -> &mut [u8] {
+        &mut self.room
     }
-    fn deliver(&mut self, packet: &[u8]) {
-        self.packets.push(packet.to_vec());
+    fn send(&mut self, to: SocketAddr, length: usize) {
+        self.datagrams.push((to, self.room[..length].to_vec()));
+    }
+    fn packet(&mut self, _length: usize) -> &mut [u8] {
+        &mut self.room
+    }
+    fn deliver(&mut self, length: usize) {
+        self.packets.push(self.room[..length].to_vec());
     }
 }
 
