@@ -61,7 +61,9 @@ fn main() -> std::io::Result<()> {
         &dir,
         "datagram",
         vec![packet(1, 148), packet(2, 92), packet(3, 64), packet(4, 48), v4, packet(0x60, 40)],
-    )
+    )?;
+    let flow = |first: u8| [vec![100], packet(first, 100)].concat().repeat(3);
+    write(&dir, "offload", vec![flow(0x44), flow(0x45)])
 }
 
 fn one<S: Strategy>(runner: &mut TestRunner, strategy: S) -> S::Value {

@@ -5,6 +5,7 @@
 //! [`Topology`], and dropping everything (or SIGKILL) leaves nothing behind.
 #![deny(unsafe_code)]
 
+pub mod bench;
 #[allow(unsafe_code)]
 pub mod capture;
 mod change;

