@@ -218,7 +218,7 @@ enum Bench {
         /// MTU of that wire; the tunnels' is 80 less.
         #[arg(long, default_value_t = 1500, value_parser = clap::value_parser!(u16).range(1400..=9000))]
         mtu: u16,
-        /// Only these: ours, wireguard-go, vxlan, plain.
+        /// Only these: ours, ours-1000-peers, wireguard-go, vxlan, plain.
         #[arg(long, value_delimiter = ',', value_name = "WAY")]
         ways: Vec<bench::Way>,
         /// Only these: ping, tcp1, tcp4, tcp1-v6, small64, udp, loaded.
@@ -550,7 +550,8 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Bench(Bench::Tunnels { rounds, seconds, pin, nic, mtu, ways, tests, output }) => {
             if !Sandbox::inside() {
-                return outside(&format!("bench-{}", std::process::id()), false);
+                program::ensure_these(&["tombolo-wireguard"])?;
+                return outside(&format!("bench-{}", std::process::id()), true);
             }
             Sandbox::prepare()?;
             let all = |ways: Vec<_>| if ways.is_empty() { bench::Way::all() } else { ways };

@@ -48,10 +48,18 @@ const PROGRAMS: [&str; 4] = ["tombolo", "tombolo-agent", "tombolo-broker", "tomb
 /// # Errors
 /// If one is missing or does not build.
 pub fn ensure_built() -> Result<()> {
+    ensure_these(&PROGRAMS)
+}
+
+/// The same for some of them.
+///
+/// # Errors
+/// If one is missing or does not build.
+pub fn ensure_these(programs: &[&str]) -> Result<()> {
     if std::env::var_os("CARGO").is_some() {
         let mut command = cargo();
         command.args(["build", "--bins"]);
-        for program in PROGRAMS {
+        for program in programs {
             command.args(["--package", program]);
         }
         if !cfg!(debug_assertions) {
@@ -59,7 +67,7 @@ pub fn ensure_built() -> Result<()> {
         }
         ensure!(command.status()?.success(), "the programs do not build: see above");
     }
-    PROGRAMS.iter().try_for_each(|p| find(p).map(drop))
+    programs.iter().try_for_each(|p| find(p).map(drop))
 }
 
 /// Cargo, without what an outer `cargo run` told about its package: ring's build script would build it anew for that.

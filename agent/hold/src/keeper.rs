@@ -1,7 +1,7 @@
 //! The small protocol by which a child gives descriptors to its supervisor while it runs.
 //!
-//! One packet (SOCK_SEQPACKET) is one request: `+name` with one descriptor attached, or `-name`. Each is answered
-//! `ok` or `no: reason`.
+//! One packet (SOCK_SEQPACKET) is one request: `+name` with one descriptor attached, `-name`, or `retire`. Each is
+//! answered `ok` or `no: reason`.
 
 use std::collections::BTreeMap;
 use std::io::{IoSlice, IoSliceMut};
@@ -16,6 +16,18 @@ use nix::sys::socket::{
 use crate::{HoldError, MAX_HELD, check_name};
 
 const MAX_MESSAGE: usize = 128;
+const RETIRE: &str = "retire";
+
+/// What became of a child's line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Line {
+    /// It is open.
+    Open,
+    /// The child has closed it.
+    Closed,
+    /// The child wants to be followed by another.
+    Retired,
+}
 
 /// A child's line to its supervisor.
 #[derive(Debug)]
@@ -39,6 +51,15 @@ impl Keeper {
     pub fn release(&self, name: &str) -> Result<(), HoldError> {
         check_name(name)?;
         self.ask(&format!("-{name}"), None)
+    }
+
+    /// Has the supervisor start the next child now, and take no notice of this one any more: it may finish what it
+    /// began. Its line ends here.
+    ///
+    /// # Errors
+    /// A supervisor of an older release refuses: then the child should end, so that the next one is started.
+    pub fn retire(self) -> Result<(), HoldError> {
+        self.ask(RETIRE, None)
     }
 
     fn ask(&self, request: &str, fd: Option<BorrowedFd<'_>>) -> Result<(), HoldError> {
@@ -73,8 +94,8 @@ pub(crate) fn pair() -> Result<(OwnedFd, OwnedFd), HoldError> {
         .map_err(|e| HoldError::io("create a socket pair", e))
 }
 
-/// Answers one request that waits on the supervisor's end; false when the child has closed its own.
-pub(crate) fn answer(socket: &OwnedFd, held: &mut BTreeMap<String, OwnedFd>) -> bool {
+/// Answers one request that waits on the supervisor's end.
+pub(crate) fn answer(socket: &OwnedFd, held: &mut BTreeMap<String, OwnedFd>) -> Line {
     let mut bytes = [0u8; MAX_MESSAGE];
     let mut control = nix::cmsg_space!([i32; 4]);
     let mut parts = [IoSliceMut::new(&mut bytes)];
@@ -90,19 +111,25 @@ pub(crate) fn answer(socket: &OwnedFd, held: &mut BTreeMap<String, OwnedFd>) -> 
             }
             message.bytes
         }
-        Err(Errno::EAGAIN | Errno::EINTR) => return true,
-        Err(_) => return false,
+        Err(Errno::EAGAIN | Errno::EINTR) => return Line::Open,
+        Err(_) => return Line::Closed,
     };
     if n == 0 {
-        return false;
+        return Line::Closed;
     }
-    let answer = match decide(&bytes[..n], fds, held) {
+    let retires = &bytes[..n] == RETIRE.as_bytes();
+    let decided = if retires { Ok(()) } else { decide(&bytes[..n], fds, held) };
+    let answer = match decided {
         Ok(()) => "ok".to_owned(),
         Err(e) => format!("no: {e}"),
     };
     let answer = &answer.as_bytes()[..answer.len().min(MAX_MESSAGE)];
-    nix::sys::socket::send(socket.as_raw_fd(), answer, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT)
-        .is_ok()
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    match nix::sys::socket::send(socket.as_raw_fd(), answer, flags) {
+        _ if retires => Line::Retired,
+        Ok(_) => Line::Open,
+        Err(_) => Line::Closed,
+    }
 }
 
 fn decide(
@@ -171,6 +198,17 @@ mod tests {
     }
 
     #[test]
+    fn a_child_that_retires_is_heard() {
+        let (server, child) = pair().unwrap();
+        let keeper = Keeper::new(child);
+        std::thread::scope(|scope| {
+            let asked = scope.spawn(|| keeper.retire());
+            while answer(&server, &mut BTreeMap::new()) != Line::Retired {}
+            asked.join().unwrap().unwrap();
+        });
+    }
+
+    #[test]
     fn refuses_what_is_too_much_or_ill_named() {
         let (server, child) = pair().unwrap();
         let keeper = Keeper::new(child);
@@ -185,6 +223,6 @@ mod tests {
         assert!(decide(b"+a", vec![], &mut held).is_err());
         assert!(decide(b"\xff", vec![], &mut held).is_err());
         drop(keeper);
-        assert!(!answer(&server, &mut held));
+        assert_eq!(answer(&server, &mut held), Line::Closed);
     }
 }

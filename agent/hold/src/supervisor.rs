@@ -16,6 +16,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use crate::keeper::Line;
 use crate::{ENV, HoldError, MAX_HELD, Restarts, check_name, held, keeper};
 
 /// What happens to the child, for the log.
@@ -47,7 +48,8 @@ pub enum Event {
 /// The child ends the supervisor by exiting with 0 or with one of [`final_codes`](Self::final_codes); dying in any
 /// other way it is restarted at once (after many deaths in a row with a growing delay, see [`Restarts`]). SIGTERM
 /// and SIGINT go to the child, and the supervisor ends when it has; SIGHUP is passed on. If the supervisor itself
-/// dies the kernel sends the child SIGTERM. Other children (orphans that fall to a supervisor which is process 1)
+/// dies the kernel sends the child SIGTERM. A child that retires ([`crate::Keeper::retire`]) is followed by another at
+/// once, and is told nothing any more but the supervisor's death. Other children (orphans that fall to a supervisor which is process 1)
 /// are reaped.
 #[derive(Debug)]
 pub struct Supervisor {
@@ -124,7 +126,11 @@ impl Supervisor {
             on_event(Event::Started { pid: child.pid.as_raw() });
         }
         loop {
-            self.wait(&signals, child.as_mut(), [start_at, kill_at].into_iter().flatten().min());
+            if self.wait(&signals, child.as_mut(), [start_at, kill_at].into_iter().flatten().min())
+                && !stopping
+            {
+                (child, start_at) = (None, Some(Instant::now()));
+            }
 
             while let Ok(Some(info)) = signals.read_signal() {
                 let Ok(signal) = Signal::try_from(info.ssi_signo as i32) else { continue };
@@ -146,7 +152,7 @@ impl Supervisor {
             if let Some(status) = reap(child.as_ref().map(|c| c.pid)) {
                 // What it asked for with its last breath still counts.
                 if let Some(Child { keeper: Some(socket), .. }) = child.take() {
-                    while keeper::answer(&socket, &mut self.held) && readable(&socket) {}
+                    while keeper::answer(&socket, &mut self.held) == Line::Open && readable(&socket) {}
                 }
                 let (code, how) = describe(status);
                 if stopping || code == 0 || self.final_codes.contains(&code) {
@@ -173,7 +179,8 @@ impl Supervisor {
         }
     }
 
-    fn wait(&mut self, signals: &SignalFd, child: Option<&mut Child>, until: Option<Instant>) {
+    /// True if the child retires.
+    fn wait(&mut self, signals: &SignalFd, child: Option<&mut Child>, until: Option<Instant>) -> bool {
         let timeout = until.map_or(PollTimeout::NONE, |at| {
             let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -188,11 +195,13 @@ impl Supervisor {
         let _ = poll(&mut fds, timeout);
         let asked = fds.get(1).and_then(PollFd::any).unwrap_or(false);
         if let (true, Some(child)) = (asked, child) {
-            let open = child.keeper.as_ref().is_some_and(|socket| keeper::answer(socket, &mut self.held));
-            if !open {
+            let line = child.keeper.as_ref().map(|socket| keeper::answer(socket, &mut self.held));
+            if line != Some(Line::Open) {
                 child.keeper = None;
             }
+            return line == Some(Line::Retired);
         }
+        false
     }
 
     fn spawn(&self) -> Result<Child, HoldError> {

@@ -49,6 +49,21 @@ fn a_child_that_dies_finds_its_descriptors_again() {
     // Either the trap ran, or the signal came before the shell had set it.
     assert!(matches!(code.unwrap(), 3 | 143));
 
+    // One that retires is followed by another before it ends; how it ends is nobody's business.
+    let path = tempfile::NamedTempFile::new().unwrap();
+    let retire = r#"k=${TOMBOLO_HELD#*_keeper=}; k=${k%%,*}; printf retire >&$k; dd bs=16 count=1 <&$k >/dev/null 2>&1;"#;
+    let script =
+        format!(r#"{LINE} [ "$(wc -l <{})" -ge 2 ] && exit 7; {retire} exec sleep 2"#, path.path().display());
+    let mut supervisor = Supervisor::program("/bin/bash", ["-c", &script]);
+    supervisor.hold("log", path.reopen().unwrap()).unwrap().final_codes([7]);
+    let (mut started, begun) = (0, Instant::now());
+    let code = supervisor.run(|event| match event {
+        Event::Started { .. } => started += 1,
+        other => panic!("{other:?}"),
+    });
+    assert_eq!((code.unwrap(), started), (7, 2));
+    assert!(begun.elapsed() < Duration::from_millis(1500));
+
     // One that does not heed it is killed.
     let mut supervisor = Supervisor::program("/bin/sh", ["-c", "trap '' TERM; while :; do sleep 0.05; done"]);
     supervisor.grace(Duration::from_millis(300));

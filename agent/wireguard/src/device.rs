@@ -1,19 +1,21 @@
 //! One WireGuard device, without sockets and clocks: packets, datagrams and time go in, packets and datagrams come
 //! out at a [`Wire`].
 
+mod traffic;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use traffic::Out;
 use zeroize::Zeroizing;
 
 use crate::allowed::AllowedIps;
 use crate::identity::{Identities, Lines};
 use crate::key::{PresharedKey, PublicKey};
-use crate::limiter::{Limiter, Verdict};
-use crate::noise::{Addressee, COOKIE, INITIATION, Identity, Opened, Proof, Sink, Tick, data_run};
-use crate::packet::Header;
-use crate::segment::{Packets, Single};
+use crate::limiter::Limiter;
+use crate::noise::{Identity, Opened, Tick};
+use crate::segment::Single;
 use crate::stamp::Stamps;
 use crate::uapi::{self, AllowedIp, Past, SetDevice, SetPeer, UapiError};
 
@@ -37,6 +39,18 @@ pub trait Wire {
     fn packet(&mut self, length: usize) -> &mut [u8];
     /// Hands the first so many bytes of that room, a packet from a peer, to the host.
     fn deliver(&mut self, length: usize);
+    /// Whether there is an elder: the worker before this one, which still has its keys.
+    fn has_elder(&self) -> bool {
+        false
+    }
+    /// Leaves datagrams that we have no keys for to the elder.
+    fn leave_datagrams(&mut self, from: SocketAddr, datagrams: &[u8], size: usize) {
+        let _ = (from, datagrams, size);
+    }
+    /// Leaves a packet of the host to the elder, for a peer that we have no keys with.
+    fn leave_packet(&mut self, packet: &[u8]) {
+        let _ = packet;
+    }
 }
 
 /// Now, by both clocks.
@@ -94,6 +108,8 @@ struct Peer {
     past: Past,
     /// When the last handshake of this process was completed.
     handshake: Option<Instant>,
+    /// Whether the worker before this one may have had keys.
+    elders: bool,
     last_traffic: Instant,
     asleep: bool,
 }
@@ -238,70 +254,14 @@ impl Device {
             let Some(peer) = self.peers[slot].as_ref() else { continue };
             let last = peer.past.last_handshake;
             if !last.is_zero() && at.wall.saturating_sub(last) < SESSION_LIFE {
+                if let Some(peer) = self.peers[slot].as_mut() {
+                    peer.elders = true;
+                }
                 // It may know the one key, or the other.
                 self.add_line(slot as Slot, None);
                 self.call_all(slot as Slot, at, wire);
             }
         }
-    }
-
-    /// Packets of the host.
-    pub fn handle_packets(&mut self, packets: &mut impl Packets, at: Moment, wire: &mut impl Wire) {
-        let Some(first) = packets.next() else { return };
-        let Ok(header) = Header::parse(first) else {
-            self.drops.malformed += 1;
-            return;
-        };
-        let Some(slot) = self.allowed.owner(header.destination) else {
-            self.drops.no_peer += 1;
-            return;
-        };
-        let mut first = Single::new(&first[..header.length]);
-        let sent = self.seal(slot, &mut first, at, wire) && self.seal(slot, packets, at, wire);
-        self.drops.no_endpoint += u64::from(!sent);
-    }
-
-    /// A packet of the host.
-    pub fn handle_packet(&mut self, packet: &[u8], at: Moment, wire: &mut impl Wire) {
-        self.handle_packets(&mut Single::new(packet), at, wire);
-    }
-
-    /// What is no packet came from the host.
-    pub fn handle_malformed(&mut self) {
-        self.drops.malformed += 1;
-    }
-
-    /// Datagrams from the network, of `size` bytes each, but for the last, which may be shorter.
-    pub fn handle_datagrams(
-        &mut self,
-        from: SocketAddr,
-        mut train: &[u8],
-        size: usize,
-        at: Moment,
-        wire: &mut impl Wire,
-    ) {
-        while !train.is_empty() {
-            let (taken, refused) = match data_run(train, size) {
-                Some((index, length)) => {
-                    let run = train[..length].chunks(size.max(1));
-                    let count = run.len() as u64;
-                    (length, self.open_data(from, index, run, at, wire).unwrap_or(count))
-                }
-                None => {
-                    let length = size.clamp(1, train.len());
-                    let opened = self.open(from, &train[..length], at, wire);
-                    (length, u64::from(opened.is_none()))
-                }
-            };
-            self.drops.refused += refused;
-            train = &train[taken..];
-        }
-    }
-
-    /// A datagram from the network.
-    pub fn handle_datagram(&mut self, from: SocketAddr, datagram: &[u8], at: Moment, wire: &mut impl Wire) {
-        self.drops.refused += u64::from(datagram.is_empty());
-        self.handle_datagrams(from, datagram, datagram.len(), at, wire);
     }
 
     /// Time has passed; to be called each [`TICK`].
@@ -354,82 +314,6 @@ impl Device {
                 }
             }
         }
-    }
-
-    /// A message that is no data.
-    fn open(&mut self, from: SocketAddr, datagram: &[u8], at: Moment, wire: &mut impl Wire) -> Option<()> {
-        let (own, to) = self.identities.read(datagram)?;
-        if !matches!(to, Addressee::Cookie(_)) {
-            match self.limiter.handle_message(from.ip(), at.now) {
-                Verdict::Take => {}
-                Verdict::Prove => match own.prove(from.ip(), datagram, wire.datagram(COOKIE))? {
-                    Proof::Given => self.limiter.admit(from.ip(), at.now).then_some(())?,
-                    Proof::Wanted(length) => {
-                        wire.send(from, length);
-                        return Some(());
-                    }
-                },
-                Verdict::Drop => return None,
-            }
-        }
-        let (slot, place) = match to {
-            Addressee::Initiation => {
-                let slot = *self.by_key.get(&own.caller(datagram)?)?;
-                let own = own.public();
-                (slot, self.add_line(slot, Some(&own))?)
-            }
-            Addressee::Response(index) | Addressee::Cookie(index) => self.find(index)?,
-        };
-        let peer = self.peers.get_mut(usize::from(slot))?.as_mut()?;
-        let line = peer.lines.get(place)?;
-        let mut out = Out::new(wire, &self.allowed, slot, Some(from));
-        let opened = line.session.open(from.ip(), datagram, to, &mut out);
-        out.account(peer, place, &mut self.stamps, at);
-        // A cookie is for the handshake alone; it proves nothing about where the peer is.
-        if opened.refused == 0 && !matches!(to, Addressee::Cookie(_)) {
-            self.changed |= peer.handle_opened(opened, place, from, at);
-        }
-        (opened.refused == 0 || matches!(to, Addressee::Cookie(_))).then_some(())
-    }
-
-    /// Data for one receiver. Says how many messages were refused.
-    fn open_data<'d>(
-        &mut self,
-        from: SocketAddr,
-        index: u32,
-        datagrams: impl Iterator<Item = &'d [u8]>,
-        at: Moment,
-        wire: &mut impl Wire,
-    ) -> Option<u64> {
-        let (slot, place) = self.find(index)?;
-        let peer = self.peers.get_mut(usize::from(slot))?.as_mut()?;
-        let line = peer.lines.get(place)?;
-        let mut out = Out::new(wire, &self.allowed, slot, Some(from));
-        let opened = line.session.open_data(datagrams, &mut out);
-        self.drops.source += out.foreign;
-        out.account(peer, place, &mut self.stamps, at);
-        if opened.bytes > 0 {
-            self.changed |= peer.handle_opened(opened, place, from, at);
-        }
-        Some(opened.refused)
-    }
-
-    /// The peer and the line that messages with this index are for.
-    fn find(&self, index: u32) -> Option<(Slot, usize)> {
-        let (slot, generation) = (index as Slot, (index >> 16) as u8);
-        Some((slot, self.peers.get(usize::from(slot))?.as_ref()?.lines.of(generation)?))
-    }
-
-    fn seal(&mut self, slot: Slot, packets: &mut impl Packets, at: Moment, wire: &mut impl Wire) -> bool {
-        let Some(peer) = self.peers[usize::from(slot)].as_mut() else { return false };
-        let (Some((place, line)), Some(endpoint)) = (peer.lines.sending(), peer.endpoint) else {
-            return false;
-        };
-        let mut out = Out::new(wire, &self.allowed, slot, Some(endpoint));
-        line.session.seal(packets, &mut out);
-        out.account(peer, place, &mut self.stamps, at);
-        peer.last_traffic = at.now;
-        true
     }
 
     /// Calls by the line at `place`.
@@ -535,6 +419,7 @@ impl Device {
             lines: Lines::default(),
             past: set.past,
             handshake: None,
+            elders: false,
             last_traffic: at.now,
             asleep: false,
         });
@@ -595,6 +480,11 @@ impl Device {
 }
 
 impl Peer {
+    /// Whether only the worker before this one has keys.
+    fn is_elders(&self) -> bool {
+        self.elders && !self.lines.carries()
+    }
+
     /// Authentic messages came by the line at `place`. True if anything changed that should survive our death.
     fn handle_opened(&mut self, opened: Opened, place: usize, from: SocketAddr, at: Moment) -> bool {
         self.past.rx_bytes += opened.bytes;
@@ -629,67 +519,4 @@ fn next_index(generation: &mut u8, slot: Slot) -> impl FnMut(&Lines) -> (u32, u8
 /// 24 bits: generation, slot.
 fn index_of(slot: Slot, generation: u8) -> u32 {
     u32::from(generation) << 16 | u32::from(slot)
-}
-
-/// Where a session's messages go.
-struct Out<'a, W> {
-    wire: &'a mut W,
-    allowed: &'a AllowedIps<Slot>,
-    slot: Slot,
-    to: Option<SocketAddr>,
-    sent: u64,
-    foreign: u64,
-    called: bool,
-    /// The last source that the peer was found to own.
-    proved: Option<IpAddr>,
-}
-
-impl<'a, W> Out<'a, W> {
-    fn new(wire: &'a mut W, allowed: &'a AllowedIps<Slot>, slot: Slot, to: Option<SocketAddr>) -> Self {
-        Self { wire, allowed, slot, to, sent: 0, foreign: 0, called: false, proved: None }
-    }
-
-    /// Writes down what went out by the peer's line at `place`.
-    fn account(self, peer: &mut Peer, place: usize, stamps: &mut Stamps, at: Moment) {
-        peer.past.tx_bytes += self.sent;
-        if self.sent > 0 {
-            peer.last_traffic = at.now;
-        }
-        if let Some(own) = peer.lines.own(place).filter(|_| self.called) {
-            stamps.note(own, at);
-        }
-    }
-
-    fn may_use(&mut self, source: IpAddr) -> bool {
-        if self.proved != Some(source) {
-            self.proved = Some(source).filter(|source| self.allowed.owner(*source) == Some(self.slot));
-        }
-        self.proved.is_some()
-    }
-}
-
-impl<W: Wire> Sink for Out<'_, W> {
-    fn message(&mut self, length: usize) -> &mut [u8] {
-        self.wire.datagram(length)
-    }
-
-    fn send(&mut self, length: usize) {
-        if let Some(to) = self.to {
-            self.called |= self.wire.datagram(length).first() == Some(&INITIATION);
-            self.wire.send(to, length);
-            self.sent += length as u64;
-        }
-    }
-
-    fn packet(&mut self, length: usize) -> &mut [u8] {
-        self.wire.packet(length)
-    }
-
-    fn deliver(&mut self, length: usize) {
-        let header = self.wire.packet(length).get(..length).map(Header::parse);
-        match header {
-            Some(Ok(header)) if self.may_use(header.source) => self.wire.deliver(header.length),
-            _ => self.foreign += 1,
-        }
-    }
 }

@@ -13,6 +13,7 @@ pub mod checksum;
 pub mod coalesce;
 pub mod daemon;
 pub mod device;
+pub mod elder;
 pub mod identity;
 pub mod key;
 pub mod limiter;

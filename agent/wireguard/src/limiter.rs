@@ -1,4 +1,4 @@
-//! Whose handshake messages are worth the work: a message costs its sender nothing, and us a tenth of a millisecond.
+//! Whose initiations are worth the work: one costs its sender nothing, and us a tenth of a millisecond.
 //!
 //! While few come, all are taken. Above [`CALM`] a second a sender must first prove its address by a cookie (WireGuard
 //! paper, 5.3), is then taken only so often ([`EACH`]), and those that are no peer's last address share what is left
@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-/// Handshake messages a second from which on cookies are asked for.
+/// Initiations a second from which on cookies are asked for.
 pub const CALM: u32 = 500;
 
 /// How long cookies are asked for after that was the case.
@@ -28,7 +28,7 @@ pub const PROOFS: u32 = 5000;
 /// Strangers that are remembered.
 pub const SOURCES: usize = 4096;
 
-/// Limits handshake messages whose first check (MAC1) was right.
+/// Limits initiations whose first check (MAC1) was right.
 #[derive(Debug, Default)]
 pub struct Limiter {
     all: Window,

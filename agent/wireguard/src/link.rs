@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 
 use crate::coalesce::{Inbox, Joins};
 use crate::device::Wire;
+use crate::elder::{Elder, Left};
 use crate::noise::BUFFER;
 use crate::offload::Offloads;
 use crate::outbox::Outbox;
@@ -24,6 +25,8 @@ pub struct Links {
     pub tun: Tun,
     /// The sockets, once there is a key.
     pub udp: Option<Udp>,
+    /// The worker before this one, while it lingers.
+    pub elder: Option<Elder>,
     helps: Helps,
     outbox: Outbox,
     inbox: Inbox,
@@ -35,7 +38,14 @@ impl Links {
         let tun = Tun::from_held(tun)?;
         let helps = tun.set_offloads(offloads);
         let joins = Joins { tcp: helps.tcp, udp: helps.udp };
-        Ok(Self { tun, udp: None, helps, outbox: Outbox::new(BUFFER), inbox: Inbox::new(INBOX, joins) })
+        Ok(Self {
+            tun,
+            udp: None,
+            elder: None,
+            helps,
+            outbox: Outbox::new(BUFFER),
+            inbox: Inbox::new(INBOX, joins),
+        })
     }
 
     /// Reads what the host sends next: packets of one flow, or `None` for something that is no packet.
@@ -69,6 +79,13 @@ impl Links {
                 tracing::trace!(%to, %error, "datagrams not sent");
             }
         });
+    }
+
+    fn leave(&mut self, left: Left<'_>) {
+        if let Some(Err(error)) = self.elder.as_ref().map(|elder| elder.leave(left)) {
+            tracing::debug!(%error, "the worker before is gone");
+            self.elder = None;
+        }
     }
 
     /// Hands over what waits for the host.
@@ -129,5 +146,17 @@ impl Wire for Links {
 
     fn deliver(&mut self, length: usize) {
         self.inbox.push(length);
+    }
+
+    fn has_elder(&self) -> bool {
+        self.elder.is_some()
+    }
+
+    fn leave_datagrams(&mut self, from: SocketAddr, datagrams: &[u8], size: usize) {
+        self.leave(Left::Datagrams { from, size, datagrams });
+    }
+
+    fn leave_packet(&mut self, packet: &[u8]) {
+        self.leave(Left::Packet(packet));
     }
 }

@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use nix::sys::stat::{Mode, umask};
 use thiserror::Error;
@@ -120,12 +122,23 @@ impl Reply {
     }
 }
 
-/// Starts to serve clients; requests arrive at the receiver, and `bell` rings for each.
-pub fn serve(listener: UnixListener, bell: Arc<EventFd>) -> io::Result<Receiver<Ask>> {
+/// Starts to serve clients; requests arrive at the receiver, and `bell` rings for each. Once `end` rings no more are
+/// accepted.
+pub fn serve(listener: UnixListener, bell: Arc<EventFd>, end: Arc<EventFd>) -> io::Result<Receiver<Ask>> {
+    // Another process may accept at the same time.
+    listener.set_nonblocking(true)?;
     let (asks, receiver) = sync_channel(MAX_CLIENTS);
     let clients = Arc::new(AtomicUsize::new(0));
     std::thread::Builder::new().name("uapi".into()).spawn(move || {
         loop {
+            let mut fds = [
+                PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+                PollFd::new(end.as_fd(), PollFlags::POLLIN),
+            ];
+            let _ = poll(&mut fds, PollTimeout::NONE);
+            if fds[1].any().unwrap_or(false) {
+                return;
+            }
             let Ok((stream, _)) = listener.accept() else {
                 // Out of descriptors, at worst: not a reason to spin.
                 std::thread::sleep(Duration::from_millis(50));

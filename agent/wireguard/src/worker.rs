@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, Signal};
@@ -17,6 +18,7 @@ use zeroize::Zeroizing;
 
 use crate::daemon;
 use crate::device::{Device, Moment, TICK};
+use crate::elder::{self, Elder, Left};
 use crate::link::Links;
 use crate::name::DeviceName;
 use crate::noise::BUFFER;
@@ -39,6 +41,8 @@ pub mod held {
     pub const UDP4: &str = "udp4";
     /// See [`UDP4`].
     pub const UDP6: &str = "udp6";
+    /// The line to the worker before, while it lingers.
+    pub const ELDER: &str = "elder";
 }
 
 /// Calls to one source before the others have their turn, and bytes from the network.
@@ -89,6 +93,7 @@ pub fn run(name: &DeviceName) -> Result<End, WorkerError> {
     let offloads = Offloads::from_env();
     let mut links = Links::new(tun, offloads).map_err(io_error("use the TUN"))?;
     links.udp = take(held::UDP4).ok().map(|v4| Udp::from_held(v4, take(held::UDP6).ok(), offloads));
+    links.elder = take(held::ELDER).ok().map(Elder::from_held);
     let keeper = held.into_keeper();
 
     // Before there are threads, so that all of them have it.
@@ -96,10 +101,13 @@ pub fn run(name: &DeviceName) -> Result<End, WorkerError> {
     mask.thread_block().map_err(io_error("block signals"))?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(io_error("watch signals"))?;
-    let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-        .map(Arc::new)
-        .map_err(io_error("create an eventfd"))?;
-    let asks = server::serve(listener, Arc::clone(&bell)).map_err(io_error("start a thread"))?;
+    let eventfd = || {
+        let made = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        made.map(Arc::new).map_err(io_error("create an eventfd"))
+    };
+    let (bell, last_bell) = (eventfd()?, eventfd()?);
+    let asks = server::serve(listener, Arc::clone(&bell), Arc::clone(&last_bell))
+        .map_err(io_error("start a thread"))?;
 
     let seed = getrandom::u32()
         .map_err(|e| WorkerError::Io { what: "get random bytes", source: io::Error::other(e) })?;
@@ -112,7 +120,9 @@ pub fn run(name: &DeviceName) -> Result<End, WorkerError> {
         memory,
         signals,
         bell,
+        last_bell,
         asks,
+        elder_until: Instant::now() + elder::LINGER,
         buffer: vec![0; BUFFER].into_boxed_slice(),
         stamps: stamp::Keeper::new(name, Instant::now()),
         socket: server::inode(&server::path_of(name)),
@@ -124,6 +134,8 @@ pub fn run(name: &DeviceName) -> Result<End, WorkerError> {
     // The supervisor does this too, unless it died.
     if end == End::Over {
         server::remove(&server::path_of(name), worker.socket);
+    } else if let Err(error) = worker.retire() {
+        tracing::debug!(%error, "not followed while alive");
     }
     Ok(end)
 }
@@ -137,7 +149,11 @@ struct Worker {
     memory: Memory,
     signals: SignalFd,
     bell: Arc<EventFd>,
+    /// Ends the acceptance of clients.
+    last_bell: Arc<EventFd>,
     asks: Receiver<Ask>,
+    /// When the worker before us ends, if there is one.
+    elder_until: Instant,
     buffer: Box<[u8]>,
     stamps: stamp::Keeper,
     /// The UAPI socket's inode.
@@ -232,6 +248,7 @@ impl Worker {
             }
             if at.now >= tick {
                 tick = at.now + TICK;
+                self.outlive_elder(at.now);
                 self.device.handle_tick(at, &mut self.links);
                 self.stamps.keep(self.device.stamps(), at.now, false);
                 if server::inode(&server::path_of(&self.name)) != self.socket || self.socket.is_none() {
@@ -392,6 +409,52 @@ impl Worker {
         self.device.take_changed();
         if let Err(error) = self.memory.write(self.device.state(at).as_bytes()) {
             tracing::error!(%error, "the configuration would not outlive this process");
+        }
+    }
+
+    /// The worker before us ends when its line does.
+    fn outlive_elder(&mut self, now: Instant) {
+        if self.links.elder.is_some() && now >= self.elder_until {
+            self.links.elder = None;
+            if let Err(error) = self.keeper.release(held::ELDER) {
+                tracing::debug!(%error, "the line to the worker before stays held");
+            }
+        }
+    }
+
+    /// Has the next worker started, and does for it what only our keys can ([`elder`]), until it wants no more.
+    fn retire(mut self) -> Result<(), HoldError> {
+        let (elder, line) = elder::pair().map_err(|e| HoldError::Refused(format!("no line: {e}")))?;
+        self.keeper.keep(held::ELDER, elder.as_fd())?;
+        drop(elder);
+        self.last_bell.write(1).map_err(|e| HoldError::Refused(format!("no bell: {e}")))?;
+        self.keeper.retire()?;
+        self.links.elder = None;
+        // It lets go of us; should it die again and again, we end by ourselves.
+        let end = Instant::now() + elder::LINGER * 2;
+        loop {
+            let mut fds = [
+                PollFd::new(line.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            ];
+            let _ = poll(&mut fds, PollTimeout::from(1000u16));
+            let at = moment();
+            if fds[1].any().unwrap_or(false) || at.now >= end {
+                return Ok(());
+            }
+            loop {
+                match line.receive(&mut self.buffer) {
+                    Ok(Some(Left::Datagrams { from, size, datagrams })) => {
+                        self.device.handle_datagrams(from, datagrams, size, at, &mut self.links);
+                    }
+                    Ok(Some(Left::Packet(packet))) => self.device.handle_left(packet, at, &mut self.links),
+                    Ok(None) => return Ok(()),
+                    Err(Errno::EPROTO) => {}
+                    Err(_) => break,
+                }
+            }
+            self.links.send_all();
+            self.links.deliver_all();
         }
     }
 

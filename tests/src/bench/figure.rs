@@ -43,7 +43,7 @@ impl FromStr for Test {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let test = ALL.into_iter().find(|test| test.name() == text);
-        let names: Vec<_> = ALL.iter().map(Test::name).collect();
+        let names: Vec<_> = ALL.iter().map(Self::name).collect();
         test.ok_or_else(|| format!("one of {}", names.join(", ")))
     }
 }

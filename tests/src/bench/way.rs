@@ -22,6 +22,8 @@ const LIMIT: Duration = Duration::from_secs(10);
 pub enum Way {
     /// Our userspace device.
     Ours,
+    /// The same, with a thousand other peers.
+    Crowded,
     /// The other userspace device, in Go.
     WireguardGo,
     /// The kernel's VXLAN, in clear.
@@ -42,7 +44,7 @@ impl Way {
 
     fn program(self) -> Result<Option<String>> {
         Ok(match self {
-            Self::Ours => Some(program::find("tombolo-wireguard")?),
+            Self::Ours | Self::Crowded => Some(program::find("tombolo-wireguard")?),
             Self::WireguardGo => Some(foreign::wireguard_go()?.to_string_lossy().into_owned()),
             Self::Vxlan | Self::Plain => None,
         })
@@ -111,7 +113,7 @@ impl Stand {
     fn join(&mut self, way: Way, options: &Options) -> Result<()> {
         self.tunnel = way != Way::Plain;
         match way.program()? {
-            Some(program) => self.start(&program)?,
+            Some(program) => self.start(&program, if way == Way::Crowded { 1000 } else { 0 })?,
             None if way == Way::Vxlan => {
                 for (place, other) in self.places.iter().zip([2, 1]) {
                     place.ip(&format!(
@@ -142,8 +144,8 @@ impl Stand {
         if way == Way::Vxlan { "tun0".to_owned() } else { name(end) }
     }
 
-    /// Two devices that know each other.
-    fn start(&mut self, program: &str) -> Result<()> {
+    /// Two devices that know each other, and so many that are never there.
+    fn start(&mut self, program: &str, others: u32) -> Result<()> {
         for end in 0..2 {
             let mut command = self.command(end, program);
             command.args(["-f", &name(end)]).env("LOG_LEVEL", "error").env("TOMBOLO_LOG", "warn");
@@ -160,6 +162,11 @@ impl Stand {
             keys.push(hex(&decode(shown.trim())?));
         }
         for end in 0..2 {
+            let others = (1..=others).map(|i| {
+                let (high, low) = (i / 256, i % 256);
+                format!("public_key={i:064x}\nallowed_ip=10.{}.{low}.0/24\n", 100 + high)
+            });
+            ask(end, &others.collect::<String>())?;
             let other = 1 - end;
             ask(
                 end,
