@@ -47,9 +47,10 @@ pub trait Wire {
     fn leave_datagrams(&mut self, from: SocketAddr, datagrams: &[u8], size: usize) {
         let _ = (from, datagrams, size);
     }
-    /// Leaves a packet of the host to the elder, for a peer that we have no keys with.
-    fn leave_packet(&mut self, packet: &[u8]) {
+    /// Leaves a packet of the host to the elder, for a peer that we have no keys with. False if there is none any more.
+    fn leave_packet(&mut self, packet: &[u8]) -> bool {
         let _ = packet;
+        false
     }
 }
 

@@ -81,11 +81,13 @@ impl Links {
         });
     }
 
-    fn leave(&mut self, left: Left<'_>) {
-        if let Some(Err(error)) = self.elder.as_ref().map(|elder| elder.leave(left)) {
+    fn leave(&mut self, left: Left<'_>) -> bool {
+        let left = self.elder.as_ref().map(|elder| elder.leave(left));
+        if let Some(Err(error)) = left {
             tracing::debug!(%error, "the worker before is gone");
             self.elder = None;
         }
+        matches!(left, Some(Ok(())))
     }
 
     /// Hands over what waits for the host.
@@ -156,7 +158,7 @@ impl Wire for Links {
         self.leave(Left::Datagrams { from, size, datagrams });
     }
 
-    fn leave_packet(&mut self, packet: &[u8]) {
-        self.leave(Left::Packet(packet));
+    fn leave_packet(&mut self, packet: &[u8]) -> bool {
+        self.leave(Left::Packet(packet))
     }
 }

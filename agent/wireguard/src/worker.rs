@@ -94,6 +94,7 @@ pub fn run(name: &DeviceName) -> Result<End, WorkerError> {
     let mut links = Links::new(tun, offloads).map_err(io_error("use the TUN"))?;
     links.udp = take(held::UDP4).ok().map(|v4| Udp::from_held(v4, take(held::UDP6).ok(), offloads));
     links.elder = take(held::ELDER).ok().map(Elder::from_held);
+    let has_elder = links.elder.is_some();
     let keeper = held.into_keeper();
 
     // Before there are threads, so that all of them have it.
@@ -122,7 +123,7 @@ pub fn run(name: &DeviceName) -> Result<End, WorkerError> {
         bell,
         last_bell,
         asks,
-        elder_until: Instant::now() + elder::LINGER,
+        elder_until: has_elder.then(|| Instant::now() + elder::LINGER),
         buffer: vec![0; BUFFER].into_boxed_slice(),
         stamps: stamp::Keeper::new(name, Instant::now()),
         socket: server::inode(&server::path_of(name)),
@@ -153,7 +154,7 @@ struct Worker {
     last_bell: Arc<EventFd>,
     asks: Receiver<Ask>,
     /// When the worker before us ends, if there is one.
-    elder_until: Instant,
+    elder_until: Option<Instant>,
     buffer: Box<[u8]>,
     stamps: stamp::Keeper,
     /// The UAPI socket's inode.
@@ -414,8 +415,8 @@ impl Worker {
 
     /// The worker before us ends when its line does.
     fn outlive_elder(&mut self, now: Instant) {
-        if self.links.elder.is_some() && now >= self.elder_until {
-            self.links.elder = None;
+        if self.elder_until.is_some_and(|until| now >= until || self.links.elder.is_none()) {
+            (self.links.elder, self.elder_until) = (None, None);
             if let Err(error) = self.keeper.release(held::ELDER) {
                 tracing::debug!(%error, "the line to the worker before stays held");
             }

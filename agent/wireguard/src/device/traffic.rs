@@ -23,8 +23,8 @@ impl Device {
             return;
         };
         let first = &first[..header.length];
-        if wire.has_elder() && self.peers[usize::from(slot)].as_ref().is_some_and(Peer::is_elders) {
-            wire.leave_packet(first);
+        let elders = self.peers[usize::from(slot)].as_ref().is_some_and(Peer::is_elders);
+        if elders && wire.leave_packet(first) {
             while let Some(packet) = packets.next() {
                 wire.leave_packet(packet);
             }
