@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 use tombolo_proto::model::NodeName;
 
+use crate::api::kubernetes::{Access, Scope};
+
 /// Joins this node to the clusterset: tunnels, routes, firewall, and the names under clusterset.local.
 ///
 /// Starts as a small holder that keeps the resolver's sockets and restarts the agent proper at once when it dies.
@@ -15,13 +17,19 @@ pub struct Config {
     /// The directory that is the cluster's API, shared by its nodes (docs/directory.md).
     #[arg(long, env = "TOMBOLO_CLUSTER_DIR", default_value = "/var/lib/tombolo/cluster", value_name = "DIR")]
     pub cluster_dir: PathBuf,
+    /// Take the cluster's API from the API server that this file names (as of kubectl), instead of a directory.
+    #[arg(long, env = "TOMBOLO_KUBECONFIG", value_name = "FILE", conflicts_with = "in_cluster")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Take it from the API server of the pod that this runs in.
+    #[arg(long, env = "TOMBOLO_IN_CLUSTER")]
+    pub in_cluster: bool,
     /// This node's own directory: its keys and what it last verified.
     #[arg(long, env = "TOMBOLO_STATE_DIR", default_value = "/var/lib/tombolo/node", value_name = "DIR")]
     pub state_dir: PathBuf,
     /// This node's name, as in its Node object. Default: the host's name.
-    #[arg(long, env = "TOMBOLO_NODE", value_name = "NAME")]
+    #[arg(long, env = "TOMBOLO_NODE", visible_alias = "node-name", value_name = "NAME")]
     pub node: Option<NodeName>,
-    /// What to be. Under a directory every agent is both, and the Lease decides who leads.
+    /// What to be. With a directory every agent is both; of those that are controllers the Lease decides who leads.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Role::Node, Role::Controller])]
     pub role: Vec<Role>,
     /// Where names are answered; several may be given.
@@ -66,6 +74,20 @@ fn default_dns() -> Vec<SocketAddr> {
 }
 
 impl Config {
+    /// Where the API server is; none with a directory.
+    pub fn access(&self) -> Option<Access> {
+        match &self.kubeconfig {
+            Some(path) => Some(Access::Kubeconfig(path.clone())),
+            None => self.in_cluster.then_some(Access::InCluster),
+        }
+    }
+
+    /// What this agent needs to know of the cluster.
+    pub fn scope(&self) -> anyhow::Result<Scope> {
+        let (is_node, controller) = (self.role.contains(&Role::Node), self.role.contains(&Role::Controller));
+        Ok(Scope { node: self.node_name()?, is_node, controller })
+    }
+
     /// This node's name.
     pub fn node_name(&self) -> anyhow::Result<NodeName> {
         if let Some(node) = &self.node {

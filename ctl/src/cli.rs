@@ -202,6 +202,10 @@ pub(crate) struct Join {
     /// Take the new grant with a new key instead of the one that the cluster has: for one that may be stolen.
     #[arg(long)]
     pub(crate) new_key: bool,
+    /// Write nothing: print the manifests that make a Kubernetes cluster a member, for `kubectl apply -f -`. They hold
+    /// the cluster's new key (docs/kubernetes.md).
+    #[arg(long, conflicts_with_all = ["clusterset_v4", "clusterset_v6", "new_key"])]
+    pub(crate) kubernetes: bool,
     /// A range of this cluster that no other may ever own here (Services, API server, ...); may be repeated.
     #[arg(long, value_name = "CIDR")]
     pub(crate) reserve: Vec<Prefix>,

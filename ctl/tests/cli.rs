@@ -441,7 +441,7 @@ fn write_slices(directory: &Path, all: &[(&str, Endpoints<'_>)]) {
             serving: *ready,
             terminating: *terminating,
         };
-        let slice = Slice { ports: Vec::new(), backends: endpoints.iter().map(backend).collect() };
+        let slice = Slice { backends: endpoints.iter().map(backend).collect(), ..Slice::default() };
         objects
             .set
             .insert(SliceKey { service: service.clone(), source, family: Family::V4, index: 0 }, slice);

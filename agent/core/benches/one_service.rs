@@ -76,7 +76,7 @@ fn import(number: u32) -> Fallible<Import> {
 
 fn slice(number: u32, round: u32) -> Fallible<(SliceKey, Slice)> {
     let key = SliceKey { service: key(number)?, source: "us".parse()?, family: Family::V4, index: 0 };
-    Ok((key, Slice { ports: vec![port(8080)?], backends: backends(number, round) }))
+    Ok((key, Slice { ports: vec![port(8080)?], backends: backends(number, round), ..Slice::default() }))
 }
 
 fn member(name: &str, number: u8, owned: &[&str]) -> Fallible<Member> {
@@ -148,6 +148,8 @@ fn cluster_world() -> Fallible<ClusterWorld> {
         backends: Known::No,
         imports: Known::Yes(BTreeMap::new()),
         slices: Known::Yes(BTreeSet::new()),
+        derived: Known::No,
+        service_families: BTreeSet::new(),
         foreign: BTreeMap::from([("us".parse()?, us)]),
         unknown: BTreeSet::new(),
     })

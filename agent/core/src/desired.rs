@@ -11,7 +11,7 @@ use tombolo_proto::model::{
 };
 
 use crate::known::{Objects, Section};
-use crate::object::{ExportStatus, Import, NodeKey, ServiceKey, Slice, SliceKey};
+use crate::object::{DerivedService, ExportStatus, Import, NodeKey, ServiceKey, Slice, SliceKey};
 use crate::shelf::Shelf;
 use crate::world::Reach;
 use crate::zone::Zone;
@@ -199,6 +199,8 @@ pub struct ClusterDesired {
     pub imports: Section<Objects<ServiceKey, Import>>,
     /// Imported EndpointSlices.
     pub slices: Section<Objects<SliceKey, Slice>>,
+    /// Services that carry ClusterSetIPs; a directory has none.
+    pub derived: Section<Objects<ServiceKey, DerivedService>>,
     /// Statuses of the users' ServiceExports.
     pub statuses: Section<BTreeMap<ServiceKey, ExportStatus>>,
 }

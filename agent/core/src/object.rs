@@ -184,12 +184,33 @@ pub fn slices_of<'a>(
 }
 
 /// An imported EndpointSlice: one source cluster, one family, one set of ports.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Slice {
     /// Target ports, named as the import's ports.
     pub ports: Vec<Port>,
     /// At most 100.
     pub backends: Vec<Backend>,
+    /// Belongs to the import's [`DerivedService`] too, which balances over it.
+    #[serde(default)]
+    pub derived: bool,
+}
+
+/// The Service that carries an import's ClusterSetIPs under Kubernetes: it selects nothing, its EndpointSlices are the
+/// imported ones.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DerivedService {
+    /// `spec.clusterIPs`, in the order of `families`. Of one that is to be made: what it shall have; none: any.
+    pub ips: Vec<IpAddr>,
+    /// `spec.ipFamilies`; the API never changes the first of a Service.
+    pub families: Vec<Family>,
+    /// The import's.
+    pub ports: Vec<Port>,
+    /// The import's.
+    pub affinity: Option<NonZeroU32>,
+    /// The import's.
+    pub internal_local: bool,
+    /// The import's.
+    pub traffic_distribution: Option<String>,
 }
 
 /// Backends of a local service, out of all its EndpointSlices.

@@ -5,13 +5,16 @@ use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
-use tombolo_proto::model::{Backends, ClusterId, Endpoint, Export, Namespace, NodeName, Position, Prefix};
+use tombolo_proto::model::{
+    Backends, ClusterId, Endpoint, Export, Family, Namespace, NodeName, Position, Prefix,
+};
 use tombolo_proto::trust;
 
 use crate::known::Known;
 use crate::liveness::PeerId;
 use crate::object::{
-    Import, LocalBackends, Node, Service, ServiceExport, ServiceKey, Slice, SliceKey, TunnelNode,
+    DerivedService, Import, LocalBackends, Node, Service, ServiceExport, ServiceKey, Slice, SliceKey,
+    TunnelNode,
 };
 use crate::shelf::Shelf;
 
@@ -113,7 +116,7 @@ pub struct NodeWorld {
     /// MTU of the links that tunnels run over, bytes.
     pub underlay_mtu: u16,
     /// Families that this node can send outer packets in.
-    pub underlay: BTreeSet<tombolo_proto::model::Family>,
+    pub underlay: BTreeSet<Family>,
     /// Ranges and addresses of this cluster that no other's node can have: reserved ones, ClusterSetIPs, own nodes.
     pub inner: BTreeSet<Prefix>,
     /// Own nodes by their own addresses: hostNetwork backends of this cluster are reached there from within it.
@@ -174,6 +177,10 @@ pub struct ClusterWorld {
     pub imports: Known<BTreeMap<ServiceKey, Import>>,
     /// Imported EndpointSlices as they are: those of clusters that are not known stay.
     pub slices: Known<BTreeSet<SliceKey>>,
+    /// Under Kubernetes: the Services that carry ClusterSetIPs, as they are.
+    pub derived: Known<BTreeMap<ServiceKey, DerivedService>>,
+    /// Under Kubernetes: families that its Services can have; empty: not known, and all are tried.
+    pub service_families: BTreeSet<Family>,
     /// What other clusters have stated.
     pub foreign: BTreeMap<ClusterId, Foreign>,
     /// Members (not revoked) of whom nothing verified is at hand: what came from them stays as it is.

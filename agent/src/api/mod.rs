@@ -1,12 +1,13 @@
 //! The cluster's API: what people and we ourselves write down about a cluster.
 //!
-//! [`ClusterApi`] is what the rest of the agent sees. Its first form is a [`directory::Directory`] on one
-//! machine. Objects are Kubernetes' own in both forms ([`kind`]); they are parsed here, at the edge, into the
+//! [`ClusterApi`] is what the rest of the agent sees. It has two forms: [`kubernetes::Kubernetes`], and a
+//! [`directory::Directory`] on one machine. Objects are Kubernetes' own in both forms ([`kind`]); they are parsed here, at the edge, into the
 //! words of `tombolo-agent-core`.
 
 pub mod cache;
 pub mod directory;
 pub mod kind;
+pub mod kubernetes;
 mod observed;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +17,10 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::sync::watch;
 use tombolo_agent_core::known::Objects;
-use tombolo_agent_core::object::{ExportStatus, Import, ServiceKey, Slice, SliceKey, TunnelNode};
+use tombolo_agent_core::lease::Timing;
+use tombolo_agent_core::object::{
+    DerivedService, ExportStatus, Import, ServiceKey, Slice, SliceKey, TunnelNode,
+};
 use tombolo_proto::model::{ClusterId, NodeName, Record, RecordKey};
 use tombolo_proto::trust::SigningKey;
 
@@ -49,6 +53,14 @@ pub trait ClusterApi: Send + Sync {
         set: BTreeMap<SliceKey, Slice>,
         gone: BTreeSet<SliceKey>,
     ) -> Result<Applied, Error>;
+
+    /// Makes some Services that carry ClusterSetIPs, and removes others. Returns how those of `set` came to be, with the
+    /// addresses that they have. Only the leader calls it, and only of a cluster whose ClusterSetIPs Services carry.
+    async fn write_derived(
+        &self,
+        set: BTreeMap<ServiceKey, DerivedService>,
+        gone: BTreeSet<ServiceKey>,
+    ) -> Result<BTreeMap<ServiceKey, DerivedService>, Error>;
 
     /// Writes the statuses of the users' ServiceExports. `now`: unix seconds, for the times of conditions that
     /// changed. Exports that are gone are passed over. Only the leader calls it.
@@ -94,6 +106,9 @@ pub trait ClusterApi: Send + Sync {
     /// From now on this process's writes that only the leader may do count while the Lease bears this epoch, and
     /// fail with [`Error::NotLeading`] after: nobody who slept through its successor's election writes.
     fn lead_as(&self, epoch: u64);
+
+    /// How fast the lead passes on.
+    fn timing(&self) -> Timing;
 
     /// Who leads.
     async fn lease(&self) -> Result<Option<Versioned<Lease>>, Error>;
@@ -166,6 +181,36 @@ pub enum Error {
         path: PathBuf,
         /// Why it failed. (Told by the error itself, since most who log it show no chain.)
         cause: std::io::Error,
+    },
+    /// It is not told where the API server is, or who we are.
+    #[error("{from} does not tell how to reach the API server: {cause}")]
+    Access {
+        /// What was read.
+        from: String,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// The API server does not answer as it should.
+    #[error("cannot {action} {object}: {cause}")]
+    Api {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        object: String,
+        /// Why it failed.
+        cause: String,
+    },
+    /// The API server refused for good.
+    #[error("the API server refuses to {action} {object}: {cause}")]
+    Refused {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        object: String,
+        /// Its words.
+        cause: String,
+        /// Because of what the object says.
+        invalid: bool,
     },
     /// The work was cut off, since this process ends.
     #[error("the agent is ending")]

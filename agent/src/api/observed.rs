@@ -5,14 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use tombolo_agent_core::finding::Finding;
 use tombolo_agent_core::known::Known;
 use tombolo_agent_core::object::{
-    ExportStatus, Import, LocalBackends, Node, Service, ServiceExport, ServiceKey, Slice, SliceKey,
-    TunnelNode,
+    DerivedService, ExportStatus, Import, LocalBackends, Node, Service, ServiceExport, ServiceKey, Slice,
+    SliceKey, TunnelNode,
 };
 use tombolo_agent_core::shelf::Shelf;
 use tombolo_agent_core::world::{ClustersetRanges, Reach, Topology};
 use tombolo_proto::model::{ClusterId, Namespace, NodeName, Prefix, Record, RecordKey};
-use tombolo_proto::trust::{Digest, Envelope, SetId};
-use tombolo_proto::wire::MembershipParts;
+use tombolo_proto::trust::{Digest, Envelope, PublicKey, SetId};
+use tombolo_proto::wire::{MembershipParts, decode_binding, decode_grant};
 
 /// All objects of the cluster, parsed. What is signed is not verified yet: that is the reader's.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -36,6 +36,10 @@ pub struct Observed {
     pub imports: Known<Shelf<ServiceKey, Import>>,
     /// Imported EndpointSlices.
     pub slices: Known<Shelf<SliceKey, Slice>>,
+    /// Services that carry ClusterSetIPs; a directory has none.
+    pub derived: Known<BTreeMap<ServiceKey, DerivedService>>,
+    /// Ranges of this cluster's Services, where they are known.
+    pub service_ranges: BTreeSet<Prefix>,
     /// Clusters as the controller verified them, the own one too.
     pub members: Known<BTreeMap<ClusterId, Member>>,
     /// Records of the clusters' scope `nodes`.
@@ -64,6 +68,26 @@ pub struct Member {
     pub namespaces: Option<Digest>,
 }
 
+impl Member {
+    /// The serial that its grant claims.
+    fn serial(&self) -> Option<u64> {
+        decode_grant(&self.grant.payload).ok().map(|grant| grant.serial)
+    }
+
+    /// Whether its membership is newer than another's: joined anew, or its key rotated.
+    pub(super) fn is_newer_than(&self, other: &Self) -> bool {
+        let (held, serial) = (self.serial(), other.serial());
+        let extends =
+            self.bindings.len() > other.bindings.len() && self.bindings.starts_with(&other.bindings);
+        held > serial || (held == serial && extends)
+    }
+
+    /// The key that its last binding claims.
+    pub(super) fn bound_key(&self) -> Option<PublicKey> {
+        Some(decode_binding(&self.bindings.last()?.payload).ok()?.key)
+    }
+}
+
 /// tombolo.dev ClusterSet: the one object `clusterset`, which makes a cluster a member.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClusterSet {
@@ -81,8 +105,8 @@ pub struct ClusterSet {
     pub reach: Reach,
     /// Which of its nodes have tunnels to other clusters.
     pub topology: Topology,
-    /// Where a directory's ClusterSetIPs come from.
-    pub clusterset: ClustersetRanges,
+    /// Where a directory's ClusterSetIPs come from; none under Kubernetes, where Services carry them.
+    pub clusterset: Option<ClustersetRanges>,
     /// Ranges of this cluster (Services, API server, ...) that no other may own.
     pub reserved: BTreeSet<Prefix>,
     /// Nodes that are to change their WireGuard keys, each once for every number that is larger than the one before

@@ -376,7 +376,7 @@ impl Controller {
             let world = ClusterWorld {
                 cluster,
                 own,
-                clusterset: Some(ranges),
+                clusterset: ranges,
                 topology,
                 nodes: shown.nodes.clone(),
                 tunnel_nodes: shown.tunnel_nodes.clone(),
@@ -387,6 +387,8 @@ impl Controller {
                 backends: shown.backends.clone(),
                 imports: Known::No,
                 slices: Known::No,
+                derived: Known::No,
+                service_families: BTreeSet::new(),
                 foreign: BTreeMap::new(),
                 unknown: BTreeSet::new(),
             };

@@ -95,7 +95,7 @@ async fn contend(
     work: Handle,
     stop: CancellationToken,
 ) -> Result<()> {
-    let timing = Timing::DIRECTORY;
+    let timing = api.timing();
     let start = Instant::now();
     let mut contest = Contest {
         api,

@@ -21,6 +21,7 @@ use crate::admin::Shown;
 use crate::api::ClusterApi;
 use crate::api::cache::Cache;
 use crate::api::directory::Directory;
+use crate::api::kubernetes::Kubernetes;
 use crate::apply::device::TunnelDriver;
 use crate::apply::key::DeviceKeys;
 use crate::apply::uapi::Userspace;
@@ -40,8 +41,10 @@ pub async fn run(
     stop: CancellationToken,
 ) -> Result<()> {
     let name = config.node_name()?;
-    let api: Arc<dyn ClusterApi> =
-        Arc::new(Directory::open(&config.cluster_dir)?.remembering(&config.state_dir));
+    let api: Arc<dyn ClusterApi> = match config.access() {
+        Some(access) => Arc::new(Kubernetes::connect(&access, &config.scope()?).await?),
+        None => Arc::new(Directory::open(&config.cluster_dir)?.remembering(&config.state_dir)),
+    };
     let mut tasks = tokio::task::JoinSet::new();
     // Dropped at the end: the resolver answers as long as the loops run.
     let mut resolver = None;

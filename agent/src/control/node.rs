@@ -432,7 +432,7 @@ impl Node {
             cluster: clusterset.cluster.clone(),
             node: name.clone(),
             reach,
-            clusterset: Some(clusterset.clusterset),
+            clusterset: clusterset.clusterset,
             underlay_mtu: underlay.mtu,
             underlay: underlay.addresses.iter().map(|a| Family::of(*a)).collect(),
             inner,

@@ -61,7 +61,7 @@ fn zone() -> Zone {
     ]);
     let slice = |name, source: &str, family, backends| {
         let key = SliceKey { service: service(name), source: source.parse().unwrap(), family, index: 0 };
-        (key, Slice { ports: vec![sql.clone()], backends })
+        (key, Slice { ports: vec![sql.clone()], backends, ..Slice::default() })
     };
     let big = |at: u32| Some(format!("a-host-with-a-rather-long-name-{at}"));
     let slices = Shelf::from([

@@ -8,7 +8,7 @@ use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::known::Known;
 use tombolo_agent_core::object::Node;
 use tombolo_agent_core::plan::is_stated;
-use tombolo_agent_core::world::{self, MemberNodes};
+use tombolo_agent_core::world::{self, ClustersetRanges, MemberNodes};
 use tombolo_proto::model::{ClusterId, Endpoint, NodeName, Position, Prefix, Record, RecordKey, record_kind};
 use tombolo_proto::trust::{
     Digest, Effective, Envelope, Membership, Refused, Revocations, RootChain, SetId, Statement, Verified,
@@ -412,9 +412,8 @@ pub fn own_ranges(clusterset: &ClusterSet, nodes: Option<&BTreeMap<NodeName, Nod
 /// The same without brokers: one may well run on another cluster's node.
 pub fn inner_ranges(clusterset: &ClusterSet, nodes: Option<&BTreeMap<NodeName, Node>>) -> BTreeSet<Prefix> {
     let mut ours = clusterset.reserved.clone();
-    let ranges = &clusterset.clusterset;
-    ours.extend(ranges.v4.and_then(|net| Prefix::new(net.into()).ok()));
-    ours.extend(ranges.v6.and_then(|net| Prefix::new(net.into()).ok()));
+    let ranges = clusterset.clusterset.iter().flat_map(ClustersetRanges::nets);
+    ours.extend(ranges.filter_map(|net| Prefix::new(net).ok()));
     for node in nodes.into_iter().flat_map(BTreeMap::values) {
         ours.extend(node.addresses.iter().filter_map(|a| Prefix::host(*a).ok()));
     }

@@ -6,12 +6,13 @@ use std::io::Read;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use jiff::Timestamp;
 use serde::Serialize;
+use serde_json::json;
 use tombolo_agent::api::directory::Directory;
-use tombolo_agent::api::{ClusterApi as _, ClusterSet, Error, Member, Versioned};
+use tombolo_agent::api::{ClusterApi as _, ClusterSet, Error, Member, Versioned, kind};
 use tombolo_agent_core::known::Known;
 use tombolo_agent_core::world::{ClustersetRanges, Reach, Topology};
 use tombolo_proto::model::Prefix;
@@ -21,7 +22,7 @@ use zeroize::Zeroizing;
 
 use super::{now, say};
 use crate::cli::{ClusterArgs, Join};
-use crate::output::Printer;
+use crate::output::{Format, Printer};
 use crate::set::new_key;
 
 /// Makes the cluster's key if there is none, and prints its public half.
@@ -58,7 +59,8 @@ struct Joined {
     namespaces: Vec<String>,
     reach: Reach,
     topology: Topology,
-    clusterset: ClustersetRanges,
+    /// Where ClusterSetIPs come from; none under Kubernetes.
+    clusterset: Option<ClustersetRanges>,
     brokers: Vec<String>,
     directory: String,
     /// False if it was a member by the same grant already.
@@ -68,6 +70,9 @@ struct Joined {
 /// Makes the directory's cluster a member. Needs no network: the agent goes to the brokers.
 pub(super) fn join(printer: &Printer, args: &Join) -> Result<()> {
     let invitation = Invitation::parse(&read_token(&args.token)?)?;
+    if args.kubernetes {
+        return manifests(printer, args, &invitation);
+    }
     let directory = match Directory::open(&args.cluster.cluster_dir) {
         Ok(directory) => Some(directory),
         Err(Error::NotADirectory { .. }) => None,
@@ -84,15 +89,7 @@ pub(super) fn join(printer: &Printer, args: &Join) -> Result<()> {
         },
         _ => Box::new(Joining::first(&invitation, args)?),
     };
-    if let Some(before) = invitation.grant.bind_before
-        && now() > before
-    {
-        bail!(
-            "the token was to be used before {}; ask the administrator for another (`tombolo invite {} --renew ...`)",
-            time(before),
-            invitation.grant.cluster
-        );
-    }
+    in_time(&invitation)?;
     let key = match key_for(directory.as_ref(), &invitation, &args.cluster.cluster_dir)? {
         Some(_) if args.new_key && invitation.invite_key.is_none() => bail!(
             "an admission is for one key, so --new-key does not fit: ask the administrator for a token (`tombolo invite {} --renew`)",
@@ -112,18 +109,7 @@ pub(super) fn join(printer: &Printer, args: &Join) -> Result<()> {
             (directory, key)
         }
     };
-    let binding = invitation.accept(&key).context("the token cannot be used")?;
-    let bindings: Vec<_> = binding.bindings().iter().map(|b| b.envelope().clone()).collect();
-    // Again, by the newest roots that are known here.
-    Membership::verify(&joining.roots, invitation.grant.envelope(), &bindings)
-        .context("the token is older than the set's present root keys; ask the administrator for another")?;
-    let member = Member {
-        grant: invitation.grant.envelope().clone(),
-        bindings,
-        spoken: None,
-        statement: None,
-        namespaces: None,
-    };
+    let member = member_of(&invitation, &joining, &key)?;
     directory.join(&joining.set, &key, &member)?;
     let joined = Joined::of(&joining.set, &invitation, &directory, true);
     printer.print("Membership", &joined, |_| {
@@ -143,6 +129,81 @@ pub(super) fn join(printer: &Printer, args: &Join) -> Result<()> {
             topology(joined.topology),
             dir = joined.directory,
         )
+    })
+}
+
+/// Prints what makes a Kubernetes cluster a member: its set, its own Member, and its key. Its API server is not asked.
+fn manifests(printer: &Printer, args: &Join, invitation: &Invitation) -> Result<()> {
+    if invitation.invite_key.is_none() {
+        bail!(
+            "an admission is for a key that a directory holds; for a Kubernetes cluster ask the administrator for a token \
+             (`tombolo invite {} ...`)",
+            invitation.grant.cluster
+        );
+    }
+    in_time(invitation)?;
+    let mut joining = Joining::first(invitation, args)?;
+    // Services carry ClusterSetIPs there.
+    joining.set.clusterset = None;
+    let key = new_key()?;
+    let member = member_of(invitation, &joining, &key)?;
+    let built = |problem: kind::Problem| anyhow!("the objects cannot be made: {problem}");
+    let objects = [
+        kind::secret::write(&key, None),
+        serde_json::to_value(kind::cluster_set::write(&joining.set).map_err(built)?)?,
+        serde_json::to_value(kind::member::write(&joining.set.cluster, &member).map_err(built)?)?,
+    ];
+    let text = match printer.format {
+        Format::Json => {
+            let list = json!({ "apiVersion": "v1", "kind": "List", "items": objects });
+            Zeroizing::new(format!("{}\n", serde_json::to_string_pretty(&list)?))
+        }
+        Format::Table | Format::Wide | Format::Yaml => {
+            let mut text = Zeroizing::new(String::new());
+            for object in &objects {
+                text.push_str("---\n");
+                text.push_str(&Zeroizing::new(serde_saphyr::to_string(object)?));
+            }
+            text
+        }
+    };
+    printer.text(&text)?;
+    say(format!(
+        "These make a Kubernetes cluster {} of set {}. The first holds its key: pipe them to `kubectl apply -f -`, after \
+         deploy/ was applied there, and keep no copy.",
+        joining.set.cluster,
+        invitation.roots.current().name
+    ));
+    Ok(())
+}
+
+/// A token may be for a while only.
+fn in_time(invitation: &Invitation) -> Result<()> {
+    if let Some(before) = invitation.grant.bind_before
+        && now() > before
+    {
+        bail!(
+            "the token was to be used before {}; ask the administrator for another (`tombolo invite {} --renew ...`)",
+            time(before),
+            invitation.grant.cluster
+        );
+    }
+    Ok(())
+}
+
+/// The own Member that has not spoken yet.
+fn member_of(invitation: &Invitation, joining: &Joining, key: &SigningKey) -> Result<Member> {
+    let binding = invitation.accept(key).context("the token cannot be used")?;
+    let bindings: Vec<_> = binding.bindings().iter().map(|b| b.envelope().clone()).collect();
+    // Again, by the newest roots that are known here.
+    Membership::verify(&joining.roots, invitation.grant.envelope(), &bindings)
+        .context("the token is older than the set's present root keys; ask the administrator for another")?;
+    Ok(Member {
+        grant: invitation.grant.envelope().clone(),
+        bindings,
+        spoken: None,
+        statement: None,
+        namespaces: None,
     })
 }
 
@@ -166,7 +227,8 @@ impl Joining {
             v6: Some(args.clusterset_v6.unwrap_or(DEFAULT_V6)),
         };
         let reserved: BTreeSet<Prefix> = args.reserve.iter().copied().collect();
-        judge_ranges(&clusterset, &reserved, &invitation.grant)?;
+        let clusterset = Some(clusterset);
+        judge_ranges(clusterset.as_ref(), &reserved, &invitation.grant)?;
         let set = ClusterSet {
             set: invitation.roots.set(),
             cluster: invitation.grant.cluster.clone(),
@@ -245,7 +307,7 @@ fn rejoining(
     }
     set.roots = roots.envelopes().cloned().collect();
     apply_settings(&mut set, directory, args)?;
-    judge_ranges(&set.clusterset, &set.reserved, grant)?;
+    judge_ranges(set.clusterset.as_ref(), &set.reserved, grant)?;
     Ok(Again::Newer(Box::new(Joining { set, roots })))
 }
 
@@ -268,14 +330,14 @@ fn same(
     }
     let mut set = known.value.clone();
     apply_settings(&mut set, directory, args)?;
-    judge_ranges(&set.clusterset, &set.reserved, &invitation.grant)?;
+    judge_ranges(set.clusterset.as_ref(), &set.reserved, &invitation.grant)?;
     let changed = set != known.value;
     if changed {
         let runtime = tokio::runtime::Builder::new_current_thread().build().context("no runtime")?;
         runtime.block_on(directory.write_clusterset(&set, Some(&known.version)))?;
     }
-    let ranges = [set.clusterset.v4.map(IpNet::V4), set.clusterset.v6.map(IpNet::V6)];
-    let ranges: Vec<String> = ranges.into_iter().flatten().map(|net| net.to_string()).collect();
+    let ranges = set.clusterset.iter().flat_map(ClustersetRanges::nets);
+    let ranges: Vec<String> = ranges.map(|net| net.to_string()).collect();
     let ranges = ranges.join(", ");
     let joined = Joined::of(&set, invitation, directory, changed);
     printer.print("Membership", &joined, |_| {
@@ -301,8 +363,10 @@ fn same(
 /// What the command line says beside the token. ClusterSetIPs that are given out do not move.
 fn apply_settings(set: &mut ClusterSet, directory: &Directory, args: &Join) -> Result<()> {
     let held = set.clusterset;
-    set.clusterset.v4 = args.clusterset_v4.or(held.v4);
-    set.clusterset.v6 = args.clusterset_v6.or(held.v6);
+    if let Some(ranges) = &mut set.clusterset {
+        ranges.v4 = args.clusterset_v4.or(ranges.v4);
+        ranges.v6 = args.clusterset_v6.or(ranges.v6);
+    }
     let in_use = directory.read().imports.get().is_none_or(|imports| !imports.is_empty());
     if set.clusterset != held && in_use {
         bail!(
@@ -321,11 +385,10 @@ fn apply_settings(set: &mut ClusterSet, directory: &Directory, args: &Join) -> R
     Ok(())
 }
 
-fn judge_ranges(ranges: &ClustersetRanges, reserved: &BTreeSet<Prefix>, grant: &Grant) -> Result<()> {
-    let nets = [("--clusterset-v4", ranges.v4.map(IpNet::V4)), ("--clusterset-v6", ranges.v6.map(IpNet::V6))];
+fn judge_ranges(ranges: Option<&ClustersetRanges>, reserved: &BTreeSet<Prefix>, grant: &Grant) -> Result<()> {
     let mut ours: Vec<(&str, Prefix)> = Vec::new();
-    for (name, net) in nets {
-        let Some(net) = net else { continue };
+    for net in ranges.into_iter().flat_map(ClustersetRanges::nets) {
+        let name = if matches!(net, IpNet::V4(_)) { "--clusterset-v4" } else { "--clusterset-v6" };
         let prefix = Prefix::new(net).context(name)?;
         if net.max_prefix_len() - net.prefix_len() < 4 {
             bail!("{name} {net} is too small: at least 16 addresses are needed");

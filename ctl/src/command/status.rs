@@ -9,7 +9,7 @@ use tombolo_agent::api::{ClusterSet, Member, Observed};
 use tombolo_agent::observe::member::{Members, Verifier};
 use tombolo_agent_core::known::Known;
 use tombolo_agent_core::object::{Condition, LocalKind, ServiceKey};
-use tombolo_agent_core::world::{MemberNodes, Reach};
+use tombolo_agent_core::world::{ClustersetRanges, MemberNodes, Reach};
 use tombolo_proto::model::{ClusterId, Endpoint, NodeName, Port, ServiceType};
 use tombolo_proto::trust::RootChain;
 use tombolo_proto::wire::{decode_grant, decode_statement};
@@ -167,19 +167,14 @@ fn agent(args: &cli::Status, findings: &mut BTreeSet<Finding>) -> Agent {
 fn cluster(set: &ClusterSet, leader: Option<String>) -> Cluster {
     let roots = RootChain::pinned(set.set, &set.roots).ok();
     let brokers = roots.as_ref().and_then(|roots| roots.brokers(set.brokers.as_ref()?).ok());
-    let ranges = &set.clusterset;
+    let ranges = set.clusterset.iter();
     Cluster {
         id: set.cluster.to_string(),
         set: set.set.to_string(),
         set_name: roots.as_ref().map(|roots| roots.current().name.to_string()).unwrap_or_default(),
         reach: set.reach,
-        clusterset_ranges: ranges
-            .v4
-            .iter()
-            .map(ToString::to_string)
-            .chain(ranges.v6.iter().map(ToString::to_string))
-            .collect(),
-        resolvers: texts(ranges.resolvers()),
+        clusterset_ranges: ranges.clone().flat_map(ClustersetRanges::nets).map(|n| n.to_string()).collect(),
+        resolvers: texts(ranges.flat_map(ClustersetRanges::resolvers)),
         brokers: brokers.iter().flat_map(|list| &list.brokers).map(|b| b.address.clone()).collect(),
         leader,
     }

@@ -66,6 +66,6 @@ fn zone() -> Zone {
         family: Family::V4,
         index: 0,
     };
-    let slice = Slice { ports: vec![port.clone()], backends: (0..100).map(backend).collect() };
+    let slice = Slice { ports: vec![port.clone()], backends: (0..100).map(backend).collect(), ..Slice::default() };
     Zone::build(&imports, &[(key, slice)].into())
 }

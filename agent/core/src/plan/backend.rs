@@ -60,6 +60,6 @@ impl Ranges {
             first.address
         );
         findings.error("BackendOutsideGrant", format!("serviceimport {}", key.service), text);
-        Cow::Owned(Slice { ports: slice.ports.clone(), backends: kept })
+        Cow::Owned(Slice { ports: slice.ports.clone(), backends: kept, derived: slice.derived })
     }
 }

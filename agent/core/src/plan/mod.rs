@@ -3,6 +3,7 @@
 mod address;
 mod backend;
 mod conflict;
+mod derived;
 pub mod eligible;
 mod endpoint;
 mod export;
@@ -65,15 +66,19 @@ fn plan_cluster(world: &ClusterWorld, findings: &mut Findings) -> ClusterDesired
     let sources = Sources { world, own: exports.as_ref().map(|e| &e.good) };
 
     let services = service::services(&sources, findings);
-    if let (Some(services), Some(existing)) = (&services, world.imports.get()) {
+    if let (Some(services), Some(existing), true) = (&services, world.imports.get(), derived::is_known(world))
+    {
         let mut imports = service::imports(services);
         let us = &world.cluster;
         address::assign(us, world.clusterset.as_ref(), existing, &mut imports, findings);
+        let (carriers, waiting) = derived::carriers(world, &mut imports, findings);
         if let Some(slices) = world.slices.get() {
             let slices = slice::slices(&sources, services, &imports, (existing, slices), findings);
             desired.slices = Section::Set(slices);
         }
+        imports.set.retain(|key, _| !waiting.contains(key));
         desired.imports = Section::Set(imports);
+        desired.derived = Section::Set(carriers);
     }
     if let (Some(endpoints), Some(exports)) = (&endpoints, &exports) {
         let mut records = export::records(&exports.good, findings);

@@ -14,9 +14,9 @@ use super::export::{self, Own};
 use super::findings::Findings;
 use super::service::{self, Sources};
 use super::vip::is_vip;
-use super::{address, conflict, endpoint, is_stated, node_records, slice};
+use super::{address, conflict, derived, endpoint, is_stated, node_records, slice};
 use crate::finding::Finding;
-use crate::object::{Condition, ExportStatus, Import, ServiceKey, Slice, SliceKey};
+use crate::object::{Condition, DerivedService, ExportStatus, Import, ServiceKey, Slice, SliceKey};
 use crate::world::{ClusterWorld, ClustersetRanges};
 
 /// What a cluster says of itself.
@@ -223,6 +223,8 @@ pub struct Piece {
     pub import: Option<Import>,
     /// The import stays as it is: somebody who is in it is unknown.
     pub stays: bool,
+    /// The Service that carries its ClusterSetIPs under Kubernetes; like the import it may stay.
+    pub derived: Option<DerivedService>,
     /// Its slices.
     pub slices: BTreeMap<SliceKey, Slice>,
     /// Slices that stay as they are.
@@ -234,7 +236,7 @@ pub struct Piece {
 }
 
 /// Plans one service. In `world` there need be no other service than this one; what the own cluster has of it comes
-/// from `own` (None: unknown). None while namespaces, imports or slices are unknown.
+/// from `own` (None: unknown). None while namespaces, imports, slices or derived Services are unknown.
 pub fn service(
     world: &mut ClusterWorld,
     own: Option<&OwnPlan>,
@@ -242,7 +244,8 @@ pub fn service(
     shared: &mut Shared,
 ) -> Option<Piece> {
     let mut findings = Findings::default();
-    if !(world.namespaces.is_known() && world.imports.is_known() && world.slices.is_known()) {
+    let known = world.namespaces.is_known() && world.imports.is_known() && world.slices.is_known();
+    if !(known && derived::is_known(world)) {
         return None;
     }
     let had = shared.had.get(key).map(|had| had.ips.clone());
@@ -268,6 +271,9 @@ pub fn service(
     let mut now = Had::default();
     for (service, import) in &mut imports.set {
         shared.assign(service, existing.get(service), import, &mut findings);
+    }
+    let (mut carriers, waiting) = derived::carriers(world, &mut imports, &mut findings);
+    if let Some(import) = imports.set.get(key) {
         now.ips.clone_from(&import.ips);
         now.clusters.clone_from(&import.clusters);
     }
@@ -312,7 +318,8 @@ pub fn service(
         conflict::conflicts(&sources, &services, &mut statuses);
     }
     Some(Piece {
-        import: imports.set.remove(key),
+        import: imports.set.remove(key).filter(|_| !waiting.contains(key)),
+        derived: carriers.set.remove(key),
         stays: imports.keep.contains(key),
         slices: slices.set,
         keep: slices.keep,

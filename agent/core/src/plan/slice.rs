@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tombolo_proto::model::{Backend, Backends, ClusterId, Family, Port, ServiceType};
 use tombolo_proto::trust::Member;
 
+use super::derived;
 use super::eligible::{Verdict, View, target};
 use super::findings::Findings;
 use super::service::{Derived, Sources};
@@ -65,6 +66,7 @@ pub(crate) fn slices(
                         continue;
                     }
                     let mut list = divide(shard, family, import, exposed, member, &mut outside);
+                    list.iter_mut().for_each(|slice| slice.derived = derived::is_carried(world, import));
                     let hosts = (!foreign).then(|| sources.own?.get(service)).flatten().map(|own| &own.hosts);
                     for backend in list.iter_mut().flat_map(|slice| &mut slice.backends) {
                         if let Some(real) = hosts.and_then(|hosts| hosts.get(&backend.address)) {
@@ -193,7 +195,7 @@ fn divide(
     for (ports, backends) in by_ports {
         let backends: Vec<Backend> = backends.into_iter().cloned().collect();
         for part in backends.chunks(MAX) {
-            slices.push(Slice { ports: ports.clone(), backends: part.to_vec() });
+            slices.push(Slice { ports: ports.clone(), backends: part.to_vec(), derived: false });
         }
     }
     slices

@@ -53,7 +53,7 @@ fn slice(
 ) -> (SliceKey, Slice) {
     let family = Family::of(backends[0].address);
     let key = SliceKey { service: service.clone(), source: source.parse().unwrap(), family, index: 0 };
-    (key, Slice { ports: ports.to_vec(), backends })
+    (key, Slice { ports: ports.to_vec(), backends, ..Slice::default() })
 }
 
 /// The answer as text, sorted: `A 10.0.0.1`, `SRV 80 web.shop.svc`, or `NXDOMAIN`, `NODATA`.
@@ -370,8 +370,11 @@ fn any_slices() -> impl Strategy<Value = Slices> {
             index,
         },
     );
-    let slice =
-        (vec(any_port(), 0..3), vec(any, 0..5)).prop_map(|(ports, backends)| Slice { ports, backends });
+    let slice = (vec(any_port(), 0..3), vec(any, 0..5)).prop_map(|(ports, backends)| Slice {
+        ports,
+        backends,
+        ..Slice::default()
+    });
     btree_map(key, slice, 0..8)
 }
 

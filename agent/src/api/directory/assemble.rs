@@ -69,6 +69,7 @@ fn take_state(
         }
     }
     observed.statuses = Known::Yes(statuses);
+    observed.derived = Known::Yes(BTreeMap::new());
     observed.members = Known::Yes(members);
     observed.member_nodes = Known::Yes(member_nodes);
     observed.tunnel_nodes = Known::Yes(tunnel_nodes);

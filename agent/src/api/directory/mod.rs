@@ -28,9 +28,12 @@ use serde_json::Value;
 use tokio::sync::watch::Receiver;
 use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::known::{Known, Objects};
-use tombolo_agent_core::object::{ExportStatus, Import, ServiceKey, Slice, SliceKey, TunnelNode};
+use tombolo_agent_core::lease::Timing;
+use tombolo_agent_core::object::{
+    DerivedService, ExportStatus, Import, ServiceKey, Slice, SliceKey, TunnelNode,
+};
 use tombolo_proto::model::{ClusterId, NodeName, Record, RecordKey};
-use tombolo_proto::trust::{PublicKey, SigningKey};
+use tombolo_proto::trust::SigningKey;
 
 use super::kind::{
     self, Kind, ObjectId, Problem, cluster_set, json, lease, member, multicluster, secret, slice, time,
@@ -149,7 +152,7 @@ impl Directory {
             }
             None => None,
         };
-        let bound = bound.and_then(|member| bound_key(&member.value.1));
+        let bound = bound.and_then(|member| member.value.1.bound_key());
         Ok(Some(if bound == Some(previous.public()) { previous } else { keys.newest }))
     }
 
@@ -285,6 +288,15 @@ impl ClusterApi for Directory {
         self.lead(work).await
     }
 
+    async fn write_derived(
+        &self,
+        _set: BTreeMap<ServiceKey, DerivedService>,
+        _gone: BTreeSet<ServiceKey>,
+    ) -> Result<BTreeMap<ServiceKey, DerivedService>, Error> {
+        // Nodes of a directory balance themselves, so none is ever planned.
+        Ok(BTreeMap::new())
+    }
+
     async fn apply_statuses(
         &self,
         desired: &BTreeMap<ServiceKey, ExportStatus>,
@@ -360,7 +372,7 @@ impl ClusterApi for Directory {
         let (cluster, nodes) = (cluster.clone(), nodes.clone());
         let id = own(member::id(&cluster))?;
         let value = json(&own(member::write(&cluster, member))?);
-        let (serial, bindings) = (serial(member), member.bindings.clone());
+        let member = member.clone();
         // Thousands of prefixes are encoded before the lock is taken: others wait for it.
         let (store, of, records) = (Arc::clone(&self.store), cluster.clone(), nodes.clone());
         let prepare = move || store.look(|t| Shards::prepare(t, &of, &records));
@@ -368,12 +380,7 @@ impl ClusterApi for Directory {
         let work = move |t: &mut Transaction<'_>| {
             let known = t.get(&id)?.flatten();
             let known = known.and_then(|value| member::read(&typed(&value).ok()?).ok());
-            let newer = |known: &Member| {
-                let held = self::serial(known);
-                let extends = known.bindings.len() > bindings.len() && known.bindings.starts_with(&bindings);
-                held > serial || (held == serial && extends)
-            };
-            if known.is_some_and(|(_, known)| newer(&known)) {
+            if known.is_some_and(|(_, known)| known.is_newer_than(&member)) {
                 // Joined anew, or its key rotated, since the caller looked.
                 return Err(Error::Conflict { object: id.to_string() });
             }
@@ -432,6 +439,10 @@ impl ClusterApi for Directory {
         self.epoch.store(epoch, Ordering::Release);
     }
 
+    fn timing(&self) -> Timing {
+        Timing::DIRECTORY
+    }
+
     async fn lease(&self) -> Result<Option<Versioned<Lease>>, Error> {
         self.read_lease()
     }
@@ -453,17 +464,6 @@ impl ClusterApi for Directory {
     async fn cluster_key(&self) -> Result<Option<SigningKey>, Error> {
         self.read_cluster_key()
     }
-}
-
-/// The serial that a Member's grant claims.
-fn serial(member: &Member) -> Option<u64> {
-    tombolo_proto::wire::decode_grant(&member.grant.payload).ok().map(|grant| grant.serial)
-}
-
-/// The key that a Member's last binding claims.
-fn bound_key(member: &Member) -> Option<PublicKey> {
-    let binding = tombolo_proto::wire::decode_binding(&member.bindings.last()?.payload).ok()?;
-    Some(binding.key)
 }
 
 /// A cluster's MemberNodes as they are to be, made from what was there.

@@ -1,8 +1,10 @@
 //! tombolo.dev/v1alpha1 ClusterSet: the object that makes a cluster a member.
+#![allow(unreachable_pub, reason = "the schema macro repeats the types where nobody sees them")]
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use kube::CustomResource;
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tombolo_agent_core::world::{ClustersetRanges, Reach, Topology};
 use tombolo_proto::model::{ClusterId, NodeName, Prefix};
@@ -15,22 +17,41 @@ use crate::api::observed::ClusterSet;
 pub const NAME: &str = "clusterset";
 
 /// `spec` of a ClusterSet.
-#[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
     group = "tombolo.dev",
     version = "v1alpha1",
     kind = "ClusterSet",
     root = "ClusterSetResource",
     plural = "clustersets",
-    schema = "disabled",
+    shortname = "cset",
+    category = "tombolo",
+    validation = Rule::new("self.metadata.name == 'clusterset'").message("the one ClusterSet is named clusterset"),
+    printcolumn(name = "Cluster", type_ = "string", json_path = ".spec.cluster"),
+    printcolumn(name = "Set", type_ = "string", json_path = ".spec.set"),
+    printcolumn(name = "Reach", type_ = "string", json_path = ".spec.reach"),
+    printcolumn(name = "Topology", type_ = "string", json_path = ".spec.topology"),
+    printcolumn(name = "Leaving", type_ = "boolean", json_path = ".spec.leaving"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     derive = "PartialEq"
 )]
 pub struct ClusterSetSpec {
     /// The set that was pinned at join.
+    #[schemars(with = "String", length(max = 128))]
+    #[x_kube(
+        validation = Rule::new("self == oldSelf")
+            .message("a cluster changes its set by leaving one and joining another: delete the object first")
+    )]
     pub set: SetId,
     /// The own cluster's id.
+    #[schemars(with = "String", length(max = 63))]
+    #[x_kube(
+        validation = Rule::new("self == oldSelf")
+            .message("a cluster's id does not change: leave the set, and join under another")
+    )]
     pub cluster: ClusterId,
     /// Envelopes in base64, versions 1, 2, ...
+    #[schemars(length(min = 1, max = 1000))]
     pub roots: Vec<String>,
     /// Envelope in base64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -40,21 +61,37 @@ pub struct ClusterSetSpec {
     pub revocations: Option<String>,
     /// exports or all.
     #[serde(default)]
+    #[schemars(with = "String", regex(pattern = "^(exports|all)$"))]
     pub reach: Reach,
     /// gateway or mesh.
     #[serde(default)]
+    #[schemars(with = "String", regex(pattern = "^(gateway|mesh)$"))]
     pub topology: Topology,
-    /// Where a directory's ClusterSetIPs come from.
-    pub clusterset: ClustersetRanges,
+    /// Where a directory's ClusterSetIPs come from. Under Kubernetes Services carry them, and there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<RangesSpec>")]
+    pub clusterset: Option<ClustersetRanges>,
     /// Other ranges of this cluster that no other may own.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    #[schemars(with = "Vec<String>", length(max = 1000))]
     pub reserved: BTreeSet<Prefix>,
     /// Nodes that are to change their WireGuard keys, once for every number that is larger than the one before.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(with = "BTreeMap<String, i64>")]
     pub rotations: BTreeMap<NodeName, u64>,
     /// Of its own will the cluster says nothing any more.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub leaving: bool,
+}
+
+/// [`ClustersetRanges`], for the schema.
+#[derive(JsonSchema)]
+#[allow(dead_code, reason = "its fields are only described")]
+struct RangesSpec {
+    /// An IPv4 range.
+    v4: Option<String>,
+    /// An IPv6 range.
+    v6: Option<String>,
 }
 
 /// Where it lies.

@@ -1,25 +1,32 @@
 //! tombolo.dev/v1alpha1 Member and MemberNodes: what the controller verified of a cluster, as it came.
+#![allow(unreachable_pub, reason = "the schema macro repeats the types where nobody sees them")]
 
 use std::collections::BTreeMap;
 
-use kube::CustomResource;
+use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 use tombolo_proto::model::{ClusterId, Record, RecordKey};
-use tombolo_proto::trust::{Digest, Envelope, Membership};
+use tombolo_proto::trust::{Digest, Envelope, Grant, Membership};
 use tombolo_proto::wire::{self, MembershipParts};
 
 use super::{Kind, ObjectId, Problem, bad, envelope_text, own_meta, read_envelope};
 use crate::api::observed::Member;
 
 /// `spec` of a Member; its name is the cluster's id.
-#[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
     group = "tombolo.dev",
     version = "v1alpha1",
     kind = "Member",
     root = "MemberResource",
     plural = "members",
-    schema = "disabled",
+    shortname = "tmember",
+    category = "tombolo",
+    validation = Rule::new("size(self.metadata.name) <= 63").message("a member bears its cluster's id"),
+    printcolumn(name = "Pods", type_ = "string", json_path = ".spec.pods"),
+    printcolumn(name = "Position", type_ = "string", json_path = ".spec.position"),
+    printcolumn(name = "Tunnels", type_ = "string", json_path = ".spec.tunnels", priority = 1),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     derive = "PartialEq"
 )]
 #[serde(rename_all = "camelCase")]
@@ -27,6 +34,7 @@ pub struct MemberSpec {
     /// Envelope in base64.
     pub grant: String,
     /// Envelopes in base64, generations 0, 1, ...
+    #[schemars(length(max = 64))]
     pub bindings: Vec<String>,
     /// What the statement was given under, if that is not the grant above.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -40,45 +48,62 @@ pub struct MemberSpec {
     /// Of the statement, for people only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub position: Option<String>,
+    /// Pod ranges of the grant, for people only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pods: Vec<String>,
+    /// Tunnel ranges of the grant, for people only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tunnels: Vec<String>,
 }
 
 /// An older membership, still spoken under.
-#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct SpokenSpec {
     /// Envelope in base64.
     pub grant: String,
     /// Envelopes in base64, generations 0, 1, ...
+    #[schemars(length(max = 64))]
     pub bindings: Vec<String>,
 }
 
 /// `spec` of a MemberNodes: a shard of the records of a cluster's scope `nodes`.
-#[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
     group = "tombolo.dev",
     version = "v1alpha1",
     kind = "MemberNodes",
     root = "MemberNodesResource",
     plural = "membernodes",
-    schema = "disabled",
+    shortname = "tmnodes",
+    category = "tombolo",
+    validation = Rule::new("self.metadata.name.startsWith(self.spec.cluster)").message("its name is CLUSTER.SHARD"),
+    printcolumn(name = "Cluster", type_ = "string", json_path = ".spec.cluster"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     derive = "PartialEq"
 )]
 pub struct MemberNodesSpec {
     /// Whose nodes.
+    #[schemars(with = "String", length(max = 63))]
     pub cluster: ClusterId,
     /// Counts the shards of a cluster.
+    #[schemars(with = "i64", range(min = 0, max = 4_294_967_295_i64))]
     pub shard: u32,
-    /// At most [`MAX_SHARD`].
+    /// At most 100.
+    #[schemars(length(max = 100))]
     pub records: Vec<RecordSpec>,
 }
 
 /// A record, its body opaque.
-#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct RecordSpec {
     /// Kind of the record's key.
+    #[schemars(with = "i64", range(min = 0, max = 4_294_967_295_i64))]
     pub kind: u32,
     /// Parts of the record's key.
+    #[schemars(length(max = 8))]
     pub name: Vec<String>,
     /// Base64.
+    #[schemars(length(max = 87_384))]
     pub body: String,
 }
 
@@ -104,6 +129,8 @@ pub fn write(cluster: &ClusterId, member: &Member) -> Result<MemberResource, Pro
         .as_ref()
         .and_then(|envelope| wire::decode_statement(&envelope.payload).ok())
         .map(|statement| statement.position.to_string());
+    let grant = wire::decode_grant(&member.grant.payload).ok();
+    let texts = |take: fn(&Grant) -> Vec<String>| grant.as_ref().map(take).unwrap_or_default();
     let spec = MemberSpec {
         grant: envelope_text(&member.grant),
         bindings: member.bindings.iter().map(envelope_text).collect(),
@@ -114,6 +141,8 @@ pub fn write(cluster: &ClusterId, member: &Member) -> Result<MemberResource, Pro
         statement: member.statement.as_ref().map(envelope_text),
         namespaces_hash: member.namespaces.map(|digest| data_encoding::HEXLOWER.encode(&digest.0)),
         position,
+        pods: texts(|grant| grant.owned.iter().map(ToString::to_string).collect()),
+        tunnels: texts(|grant| grant.tunnel.iter().map(ToString::to_string).collect()),
     };
     Ok(MemberResource { metadata: own_meta(&id(cluster)?), spec })
 }

@@ -4,6 +4,7 @@
 //! write, `write(..)`, the way back. Both forms of the API use them.
 
 pub mod cluster_set;
+pub mod derived;
 pub mod lease;
 pub mod member;
 pub mod multicluster;

@@ -111,6 +111,9 @@ pub struct ServiceImportStatus {
     /// Who exports.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub clusters: Vec<ClusterStatus>,
+    /// Ready.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<meta::Condition>,
 }
 
 /// One of who exports.
@@ -282,7 +285,35 @@ pub fn write_import(key: &ServiceKey, import: &Import) -> Result<ServiceImportRe
         traffic_distribution: import.traffic_distribution.clone(),
     };
     let clusters = import.clusters.iter().map(|c| ClusterStatus { cluster: c.to_string() }).collect();
-    Ok(ServiceImportResource { metadata, spec, status: Some(ServiceImportStatus { clusters }) })
+    Ok(ServiceImportResource {
+        metadata,
+        spec,
+        status: Some(ServiceImportStatus { clusters, conditions: Vec::new() }),
+    })
+}
+
+/// Condition `Ready` of an import (mcs 16). One whose status is what it was keeps its time; `now`: unix seconds.
+pub fn import_condition(
+    import: &Import,
+    was: Option<&ServiceImportStatus>,
+    generation: Option<i64>,
+    now: u64,
+) -> meta::Condition {
+    let ready = import.kind == ServiceType::Headless || !import.ips.is_empty();
+    let (status, reason, message) = if ready {
+        ("True", "Ready", "the service can be used here")
+    } else {
+        ("False", "IPFamilyNotSupported", "this cluster's Services have none of its IP families")
+    };
+    let known = was.iter().flat_map(|s| &s.conditions).find(|c| c.type_ == "Ready" && c.status == status);
+    meta::Condition {
+        type_: "Ready".to_owned(),
+        status: status.to_owned(),
+        reason: reason.to_owned(),
+        message: message.to_owned(),
+        last_transition_time: known.map_or_else(|| time(now), |known| known.last_transition_time.clone()),
+        observed_generation: generation,
+    }
 }
 
 /// An import.

@@ -9,7 +9,7 @@ use tombolo_agent_core::object::{LocalBackends, ServiceKey, Slice, SliceKey};
 use tombolo_proto::model::{Backend, BackendGroup, Backends, ClusterId, Family, Hostname, Port, ServiceName};
 
 use super::service::{family_text, port};
-use super::{Kind, MANAGED_BY, ObjectId, Problem, bad, own_meta, shorten};
+use super::{Kind, MANAGED_BY, ObjectId, Problem, bad, derived, own_meta, shorten};
 
 /// On slices of local services (Kubernetes).
 pub const SERVICE_LABEL: &str = "kubernetes.io/service-name";
@@ -115,6 +115,10 @@ pub fn write(key: &SliceKey, slice: &Slice) -> Result<discovery::EndpointSlice, 
         (SLICE_MANAGER_LABEL.to_owned(), MANAGED_BY.to_owned()),
         (INDEX_LABEL.to_owned(), key.index.to_string()),
     ]);
+    if slice.derived {
+        let labels = metadata.labels.get_or_insert_default();
+        labels.insert(SERVICE_LABEL.to_owned(), derived::name(&key.service));
+    }
     let endpoint = |backend: &Backend| discovery::Endpoint {
         addresses: vec![backend.address.to_string()],
         conditions: Some(discovery::EndpointConditions {
@@ -154,7 +158,9 @@ pub fn read(object: &discovery::EndpointSlice) -> Result<(SliceKey, Slice), Prob
     if object.metadata.name.as_deref() != Some(name(&key).as_str()) {
         return Err(bad("its name does not fit its labels"));
     }
-    Ok((key, Slice { ports: read_ports(object)?, backends: read_backends(object, family)? }))
+    // Any other Service's is a mistake, and mended.
+    let derived = label(SERVICE_LABEL).is_ok_and(|name| name == derived::name(&key.service));
+    Ok((key, Slice { ports: read_ports(object)?, backends: read_backends(object, family)?, derived }))
 }
 
 fn family(address_type: &str) -> Result<Option<Family>, Problem> {

@@ -60,14 +60,17 @@ fn any_import() -> impl Strategy<Value = Import> {
 }
 
 fn any_slice() -> impl Strategy<Value = (SliceKey, Slice)> {
-    let index = any::<u32>();
-    (any_key(), any_cluster(), any_backends(), index).prop_map(|(service, source, backends, index)| {
-        let group = backends.groups.into_iter().next();
-        let group = group.unwrap_or(tombolo_proto::model::BackendGroup { ports: vec![], backends: vec![] });
-        let family = group.backends.first().map_or(Family::V4, |b| Family::of(b.address));
-        let backends = group.backends.into_iter().filter(|b| Family::of(b.address) == family).collect();
-        (SliceKey { service, source, family, index }, Slice { ports: group.ports, backends })
-    })
+    let more = (any::<u32>(), any::<bool>());
+    (any_key(), any_cluster(), any_backends(), more).prop_map(
+        |(service, source, backends, (index, derived))| {
+            let group = backends.groups.into_iter().next();
+            let group =
+                group.unwrap_or(tombolo_proto::model::BackendGroup { ports: vec![], backends: vec![] });
+            let family = group.backends.first().map_or(Family::V4, |b| Family::of(b.address));
+            let backends = group.backends.into_iter().filter(|b| Family::of(b.address) == family).collect();
+            (SliceKey { service, source, family, index }, Slice { ports: group.ports, backends, derived })
+        },
+    )
 }
 
 proptest! {
@@ -141,12 +144,13 @@ proptest! {
         revocations in proptest::option::of(any_envelope()),
         reserved in proptest::collection::btree_set(any_prefix(), 0..3),
         rotations in proptest::collection::btree_map(any_node(), 0..u64::MAX, 0..3),
-        leaving in any::<bool>(),
+        (leaving, ranged) in any::<(bool, bool)>(),
     ) {
-        let clusterset = ClustersetRanges {
+        let ranges = ClustersetRanges {
             v4: Some("198.19.0.0/16".parse().unwrap()),
             v6: Some("fd19:746f:6d62::/112".parse().unwrap()),
         };
+        let clusterset = ranged.then_some(ranges);
         let set = ClusterSet { set, cluster, roots, brokers, revocations, reach: Reach::All, topology: Topology::Mesh, clusterset, reserved, rotations, leaving };
         let object = json(&cluster_set::write(&set).unwrap());
         prop_assert_eq!(cluster_set::read(&typed(&object).unwrap()).unwrap(), set);

@@ -1,9 +1,10 @@
 //! tombolo.dev/v1alpha1 TunnelNode: what a node says of itself.
+#![allow(unreachable_pub, reason = "the schema macro repeats the types where nobody sees them")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use kube::CustomResource;
+use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 use tombolo_agent_core::object::TunnelNode;
 use tombolo_proto::model::{
@@ -16,41 +17,57 @@ use super::{Kind, ObjectId, Problem, bad, own_meta};
 pub const MAX_UNREACHED: usize = 10_000;
 
 /// `spec` of a TunnelNode.
-#[derive(CustomResource, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
     group = "tombolo.dev",
     version = "v1alpha1",
     kind = "TunnelNode",
     root = "TunnelNodeResource",
     plural = "tunnelnodes",
-    schema = "disabled",
+    shortname = "tnode",
+    category = "tombolo",
+    printcolumn(name = "Address", type_ = "string", json_path = ".spec.candidates[0]"),
+    printcolumn(name = "Pods", type_ = "string", json_path = ".spec.prefixes"),
+    printcolumn(name = "Unreached", type_ = "string", json_path = ".spec.unreached"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     derive = "PartialEq"
 )]
 pub struct TunnelNodeSpec {
     /// Its devices.
+    #[schemars(length(max = 64))]
+    #[x_kube(
+        validation = Rule::new("self.all(d, self.exists_one(e, e.number == d.number))")
+            .message("each device number stands there once")
+    )]
     pub devices: Vec<DeviceSpec>,
     /// Where it may be reached, best first.
     #[serde(default)]
+    #[schemars(with = "Vec<String>", length(max = 64))]
     pub candidates: Vec<IpAddr>,
     /// Where other clusters see it.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub outside: BTreeSet<IpAddr>,
     /// Pod ranges on it.
     #[serde(default)]
+    #[schemars(with = "Vec<String>", length(max = 256))]
     pub prefixes: BTreeSet<Prefix>,
     /// Clusters that it cannot reach.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    #[schemars(with = "Vec<String>", length(max = 10_000))]
     pub unreached: BTreeSet<ClusterId>,
 }
 
 /// A device of a node.
-#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq)]
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq)]
 pub struct DeviceSpec {
     /// Its number.
+    #[schemars(with = "i32", range(min = 0, max = 63))]
     pub number: DeviceNumber,
     /// Its WireGuard public key.
+    #[schemars(with = "String", length(min = 44, max = 44))]
     pub key: WireguardKey,
     /// UDP port it listens on.
+    #[schemars(with = "i32", range(min = 1, max = 65_535))]
     pub port: u16,
 }
 

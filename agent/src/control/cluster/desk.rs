@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use tombolo_agent_core::finding::Finding;
 use tombolo_agent_core::known::Known;
-use tombolo_agent_core::object::{Condition, Import, ServiceKey, Slice, SliceKey, slices_of};
+use tombolo_agent_core::object::{Condition, DerivedService, Import, ServiceKey, Slice, SliceKey, slices_of};
 use tombolo_agent_core::plan::piece::{self, OwnPlan, Piece};
 use tombolo_agent_core::shelf::Shelf;
 use tombolo_agent_core::world::{ClusterWorld, ClustersetRanges, Foreign, Topology};
-use tombolo_proto::model::ClusterId;
+use tombolo_proto::model::{ClusterId, Prefix};
 
 use super::queue::{Cause, Credit, Queue};
 use crate::api::Observed;
@@ -31,7 +31,7 @@ const SCRUB: usize = 256;
 #[derive(Debug, Clone)]
 pub(super) struct Said {
     pub(super) frame: Arc<Frame>,
-    pub(super) ranges: ClustersetRanges,
+    pub(super) ranges: Option<ClustersetRanges>,
     pub(super) topology: Topology,
     pub(super) own: Arc<OwnPlan>,
 }
@@ -40,6 +40,7 @@ pub(super) struct Said {
 #[derive(Debug, Default)]
 struct Held {
     import: Option<Import>,
+    derived: Option<DerivedService>,
     slices: BTreeMap<SliceKey, Slice>,
     conflict: Option<Condition>,
     /// When all of it was written; None: it is to be.
@@ -51,6 +52,7 @@ struct Held {
 pub(super) struct Batch {
     pub(super) cause: Cause,
     pub(super) keys: BTreeSet<ServiceKey>,
+    pub(super) derived: (BTreeMap<ServiceKey, DerivedService>, BTreeSet<ServiceKey>),
     pub(super) imports: (BTreeMap<ServiceKey, Import>, BTreeSet<ServiceKey>),
     pub(super) slices: (BTreeMap<SliceKey, Slice>, BTreeSet<SliceKey>),
 }
@@ -60,7 +62,7 @@ pub(super) struct Desk {
     us: ClusterId,
     seen: Seen,
     queue: Queue,
-    shared: Option<(ClustersetRanges, piece::Shared)>,
+    shared: Option<(Option<ClustersetRanges>, piece::Shared)>,
     world: Option<ClusterWorld>,
     frame: Option<Arc<Frame>>,
     own: Option<Arc<OwnPlan>>,
@@ -112,7 +114,7 @@ impl Desk {
         let world = ClusterWorld {
             cluster: self.us.clone(),
             own: own.clone(),
-            clusterset: Some(said.ranges),
+            clusterset: said.ranges,
             topology: said.topology,
             nodes: Known::No,
             tunnel_nodes: Known::No,
@@ -123,6 +125,8 @@ impl Desk {
             backends: Known::No,
             imports: Known::Yes(BTreeMap::new()),
             slices: Known::Yes(BTreeSet::new()),
+            derived: Known::Yes(BTreeMap::new()),
+            service_families: observed.service_ranges.iter().map(Prefix::family).collect(),
             foreign,
             unknown,
         };
@@ -134,7 +138,7 @@ impl Desk {
                 imports.remove(key);
                 imports.extend(held.import.iter().map(|import| (key.clone(), import.clone())));
             }
-            let shared = piece::Shared::new(self.us.clone(), Some(said.ranges), &imports);
+            let shared = piece::Shared::new(self.us.clone(), said.ranges, &imports);
             self.shared = Some((said.ranges, shared));
             self.world = None;
         }
@@ -168,6 +172,7 @@ impl Desk {
         if before.own != world.own
             || before.namespaces != world.namespaces
             || before.topology != world.topology
+            || before.service_families != world.service_families
         {
             return self.everything(view, observed);
         }
@@ -218,6 +223,8 @@ impl Desk {
         let all: Vec<_> =
             shown.chain(planned).map(|(key, import)| (self.cause(import), key.clone())).collect();
         all.into_iter().for_each(|(cause, key)| self.queue.add(cause, [key]));
+        let derived = observed.derived.get().into_iter().flat_map(BTreeMap::keys);
+        self.queue.add(None, derived.cloned().collect::<Vec<_>>());
         for slice in observed.slices.get().into_iter().flat_map(Shelf::keys) {
             let cause = (slice.source != self.us).then(|| slice.source.clone());
             self.queue.add(cause, [slice.service.clone()]);
@@ -231,13 +238,21 @@ impl Desk {
 
     /// Lines up what is shown otherwise than it was written. True if some of it was written too lately to tell.
     fn compare(&mut self, observed: &Observed, now: Duration) -> bool {
-        let (Some(imports), Some(slices)) = (observed.imports.get(), observed.slices.get()) else {
+        let (Some(imports), Some(derived), Some(slices)) =
+            (observed.imports.get(), observed.derived.get(), observed.slices.get())
+        else {
             return true;
         };
         let mut odd: BTreeSet<&ServiceKey> = BTreeSet::new();
         for (key, import) in imports {
             let held = self.planned.get(key).and_then(|held| held.import.as_ref());
             if held != Some(import) {
+                odd.insert(key);
+            }
+        }
+        for (key, service) in derived {
+            let held = self.planned.get(key).and_then(|held| held.derived.as_ref());
+            if held != Some(service) {
                 odd.insert(key);
             }
         }
@@ -251,6 +266,7 @@ impl Desk {
         }
         for (key, held) in &self.planned {
             let there = imports.contains_key(key) == held.import.is_some()
+                && derived.contains_key(key) == held.derived.is_some()
                 && counts.get(key).copied().unwrap_or(0) == held.slices.len();
             if !there {
                 odd.insert(key);
@@ -301,12 +317,20 @@ impl Desk {
 
     fn piece(&mut self, view: &View, observed: &Observed, key: ServiceKey, batch: &mut Batch) {
         let (Some(world), Some((_, shared))) = (&mut self.world, &mut self.shared) else { return };
-        let (Some(imports), Some(slices)) = (observed.imports.get(), observed.slices.get()) else { return };
+        let (Some(imports), Some(services), Some(slices)) =
+            (observed.imports.get(), observed.derived.get(), observed.slices.get())
+        else {
+            return;
+        };
         let mut held = self.planned.remove(&key);
         let shown = imports.get(&key);
         let existing = match &held {
             Some(held) => held.import.clone(),
             None => shown.cloned(),
+        };
+        let carrier = match &held {
+            Some(held) => held.derived.clone(),
+            None => services.get(&key).cloned(),
         };
         let mut there: BTreeMap<SliceKey, Slice> =
             slices_of(slices, &key).map(|(slice, value)| (slice.clone(), value.clone())).collect();
@@ -315,6 +339,7 @@ impl Desk {
         }
         world.imports = Known::Yes(existing.iter().map(|import| (key.clone(), import.clone())).collect());
         world.slices = Known::Yes(there.keys().cloned().collect());
+        world.derived = Known::Yes(carrier.iter().map(|service| (key.clone(), service.clone())).collect());
         let mut findings = Vec::new();
         for (cluster, foreign) in &mut world.foreign {
             foreign.exports.clear();
@@ -327,7 +352,7 @@ impl Desk {
             }
         }
         let Some(piece) = piece::service(world, self.own.as_deref(), &key, shared) else { return };
-        let Piece { import, stays, slices, keep, conflict, findings: found } = piece;
+        let Piece { import, stays, derived, slices, keep, conflict, findings: found } = piece;
         findings.extend(found);
         if findings.is_empty() {
             self.findings.remove(&key);
@@ -337,8 +362,19 @@ impl Desk {
         let written = held.as_ref().is_some_and(|held| held.written.is_some());
         let mut new = Held { conflict, ..Held::default() };
         if stays {
-            new.import = existing;
+            (new.import, new.derived) = (existing, carrier);
         } else {
+            match &derived {
+                Some(service) if !written || carrier.as_ref() != Some(service) => {
+                    batch.derived.0.insert(key.clone(), service.clone());
+                }
+                Some(_) => {}
+                None if carrier.is_some() || services.contains_key(&key) => {
+                    batch.derived.1.insert(key.clone());
+                }
+                None => {}
+            }
+            new.derived = derived;
             match &import {
                 Some(import) if !written || existing.as_ref() != Some(import) => {
                     batch.imports.0.insert(key.clone(), import.clone());
@@ -364,10 +400,21 @@ impl Desk {
             }
         }
         new.slices.extend(slices);
-        if new.import.is_some() || !new.slices.is_empty() {
+        if new.import.is_some() || new.derived.is_some() || !new.slices.is_empty() {
             self.planned.insert(key.clone(), new);
         }
         batch.keys.insert(key);
+    }
+
+    /// The Services that carry ClusterSetIPs, as they came to be: an import follows the addresses of its own.
+    pub(super) fn carried(&mut self, services: BTreeMap<ServiceKey, DerivedService>) {
+        for (key, service) in services {
+            let Some(held) = self.planned.get_mut(&key) else { continue };
+            if held.derived.as_ref().is_none_or(|held| held.ips != service.ips) {
+                held.derived = Some(service);
+                self.queue.add(None, [key]);
+            }
+        }
     }
 
     /// What became of a batch's writes. `used`: how long all of it took.

@@ -150,8 +150,10 @@ impl Work {
             self.hands.shown.tell(Part::Services, Vec::new());
             return Ok(RESYNC);
         };
-        let known =
-            observed.namespaces.is_known() && observed.imports.is_known() && observed.slices.is_known();
+        let known = observed.namespaces.is_known()
+            && observed.imports.is_known()
+            && observed.derived.is_known()
+            && observed.slices.is_known();
         if !known {
             return Ok(RESYNC);
         }
@@ -194,11 +196,22 @@ impl Work {
             tokio::task::spawn_blocking(plan).await.context("the plan failed")?;
         self.hands.shown.tell(Part::Services, findings);
         if let Some((mut batch, planned)) = batch {
+            let mut carried = BTreeMap::new();
             let begun = Instant::now();
-            let good = self.write(&mut batch, writes).await;
+            let (set, gone) = std::mem::take(&mut batch.derived);
+            let mut good = true;
+            if !(set.is_empty() && gone.is_empty()) {
+                let write = self.hands.api.write_derived(set, gone);
+                match writes.attempt("Services of imports are not written", write).await {
+                    Some(services) => carried = services,
+                    None => good = false,
+                }
+            }
+            good &= self.write(&mut batch, writes).await;
             let used = planned + begun.elapsed();
             debug!(cause = ?batch.cause, services = batch.keys.len(), ?used, waiting = desk.waiting(), "planned");
             desk.settle(batch, good, self.start.elapsed(), used);
+            desk.carried(carried);
         }
         self.statuses(observed, &said, &desk, writes).await;
         let now = self.start.elapsed();

@@ -11,7 +11,10 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tombolo_agent_core::known::{Known, Objects};
-use tombolo_agent_core::object::{ExportStatus, Import, ServiceKey, Slice, SliceKey, TunnelNode};
+use tombolo_agent_core::lease::Timing;
+use tombolo_agent_core::object::{
+    DerivedService, ExportStatus, Import, ServiceKey, Slice, SliceKey, TunnelNode,
+};
 use tombolo_agent_core::world::{ClustersetRanges, Reach, Topology};
 use tombolo_proto::model::{ClusterId, NodeName, Position, Record, RecordKey};
 use tombolo_proto::testing::{binding, cluster, grant, key, membership, set};
@@ -123,7 +126,7 @@ impl Bench {
             revocations: None,
             reach: Reach::Exports,
             topology: Topology::Gateway,
-            clusterset: ClustersetRanges { v4: Some("198.19.0.0/29".parse().unwrap()), v6: None },
+            clusterset: Some(ClustersetRanges { v4: Some("198.19.0.0/29".parse().unwrap()), v6: None }),
             reserved: BTreeSet::new(),
             rotations: BTreeMap::new(),
             leaving: false,
@@ -320,8 +323,20 @@ impl ClusterApi for Blind {
         self.directory.write_clusterset(value, expected).await
     }
 
+    async fn write_derived(
+        &self,
+        set: BTreeMap<ServiceKey, DerivedService>,
+        gone: BTreeSet<ServiceKey>,
+    ) -> Result<BTreeMap<ServiceKey, DerivedService>, Error> {
+        self.directory.write_derived(set, gone).await
+    }
+
     fn lead_as(&self, epoch: u64) {
         self.directory.lead_as(epoch);
+    }
+
+    fn timing(&self) -> Timing {
+        self.directory.timing()
     }
 
     async fn lease(&self) -> Result<Option<Versioned<Lease>>, Error> {

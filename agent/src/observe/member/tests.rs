@@ -1,4 +1,4 @@
-use tombolo_agent_core::world::{ClustersetRanges, Reach, Topology};
+use tombolo_agent_core::world::{Reach, Topology};
 use tombolo_proto::testing::{self, cluster, first_roots, key, net};
 use tombolo_proto::trust::{Broker, Brokers, Grant, RootChain, Roots, ScopeDigest, SigningKey, root_hash};
 use tombolo_proto::wire::MembershipParts;
@@ -77,7 +77,7 @@ fn observed() -> Observed {
             revocations: None,
             reach: Reach::Exports,
             topology: Topology::Gateway,
-            clusterset: ClustersetRanges { v4: None, v6: None },
+            clusterset: None,
             reserved: BTreeSet::new(),
             rotations: BTreeMap::new(),
             leaving: false,

@@ -17,6 +17,7 @@ use tombolo_agent::api::directory::Directory;
 use tombolo_agent::observe::member::{Members, Verifier};
 use tombolo_agent_core::finding::Severity;
 use tombolo_agent_core::known::Known;
+use tombolo_agent_core::world::ClustersetRanges;
 
 use super::admin;
 use crate::cli::Check;
@@ -406,7 +407,8 @@ fn devices(lines: &mut Lines, observed: &Observed, members: Option<&Members>) {
 fn resolver(lines: &mut Lines, observed: &Observed) {
     let own = SocketAddr::from(([127, 0, 0, 1], tombolo_agent_core::desired::DNS_PORT));
     let set = observed.clusterset.get().and_then(Option::as_ref);
-    let theirs = set.into_iter().flat_map(|set| set.clusterset.resolvers()).map(|a| SocketAddr::new(a, 53));
+    let ranges = set.into_iter().flat_map(|set| &set.clusterset);
+    let theirs = ranges.flat_map(ClustersetRanges::resolvers).map(|a| SocketAddr::new(a, 53));
     for address in [own].into_iter().chain(theirs) {
         match ask(address) {
             Ok(()) => lines.add("names", "resolver", Verdict::Ok, format!("{address} answers")),

@@ -8,6 +8,7 @@ use serde_json::Value;
 use tombolo_agent::api::Observed;
 use tombolo_agent::observe::member::Members;
 use tombolo_agent_core::known::Known;
+use tombolo_agent_core::world::ClustersetRanges;
 use tombolo_proto::model::{ClusterId, Prefix};
 
 use super::Lines;
@@ -55,8 +56,8 @@ pub(super) fn ranges(lines: &mut Lines, observed: &Observed, verified: &Members)
         }
     }
     let mut clashes = 0;
-    let ranges = [set.clusterset.v4.map(IpNet::V4), set.clusterset.v6.map(IpNet::V6)];
-    for range in ranges.into_iter().flatten().filter_map(|net| Prefix::new(net).ok()) {
+    let ranges = set.clusterset.iter().flat_map(ClustersetRanges::nets);
+    for range in ranges.filter_map(|net| Prefix::new(net).ok()) {
         for clash in local.iter().filter(|l| l.net.overlaps(&range)) {
             clashes += 1;
             let message = format!("{} overlaps this cluster's range of ClusterSetIPs {range}", clash.what);

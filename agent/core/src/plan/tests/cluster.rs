@@ -120,6 +120,8 @@ pub(super) fn world() -> ClusterWorld {
         ),
         imports: Known::Yes(BTreeMap::new()),
         slices: Known::Yes(BTreeSet::new()),
+        derived: Known::Yes(BTreeMap::new()),
+        service_families: BTreeSet::new(),
         foreign: BTreeMap::new(),
         unknown: BTreeSet::new(),
     }
@@ -378,7 +380,10 @@ fn headless_services_keep_hostnames_and_have_no_address() {
     let (desired, _) = plan(&world);
     assert!(desired.imports.get().unwrap().set[&service("a/web")].ips.is_empty());
     let slices = &desired.slices.get().unwrap().set;
-    assert_eq!(slices.values().collect::<Vec<_>>(), [&Slice { ports: Vec::new(), backends: named.backends }]);
+    assert_eq!(
+        slices.values().collect::<Vec<_>>(),
+        [&Slice { backends: named.backends, ..Slice::default() }]
+    );
 }
 
 #[test]

@@ -84,7 +84,11 @@ fn three(name: &str, own: bool, preferences: Preferences) -> NodeWorld {
                 // Only as has admin.
                 let ports = [port("http", 8080), port("admin", 9001)];
                 let count = if cluster == "as" { 2 } else { 1 };
-                let slice = Slice { ports: ports[..count].to_vec(), backends: vec![backend(&address)] };
+                let slice = Slice {
+                    ports: ports[..count].to_vec(),
+                    backends: vec![backend(&address)],
+                    ..Slice::default()
+                };
                 slices.insert(slice_key(name, cluster, family, 0), slice);
             }
         }
@@ -275,7 +279,7 @@ proptest! {
         let names = ["eu", "us", "as"];
         for (n, (count, weight)) in sizes.iter().enumerate() {
             let list = (0..*count).map(|i| backend(&format!("10.{}.3.{}", n + 1, i + 1))).collect();
-            let slice = Slice { ports: vec![port("http", 8080)], backends: list };
+            let slice = Slice { ports: vec![port("http", 8080)], backends: list, ..Slice::default() };
             slices.insert(slice_key("a/web", names[n], Family::V4, 0), slice);
             import.preferences.shares.insert(id(names[n]), share(0, *weight));
         }

@@ -292,6 +292,7 @@ fn vips_and_reach() {
     let slice = |ports: &[_], backends: &[&str]| Slice {
         ports: ports.to_vec(),
         backends: backends.iter().map(|a| backend(a)).collect(),
+        ..Slice::default()
     };
     let mut sick = slice(&[port("http", 8080)], &["10.2.9.9"]);
     sick.backends[0].ready = false;
@@ -335,6 +336,7 @@ fn own_backends_on_a_hosts_network_are_reached_there_and_let_in_by_tunnel_addres
     let slice = |names: &[&str]| Slice {
         ports: vec![port("", 8080)],
         backends: names.iter().map(|a| backend(a)).collect(),
+        ..Slice::default()
     };
     let all = slice(&["192.0.2.16", "192.0.2.17", "192.0.2.18"]);
     let theirs = slice(&["192.0.2.16"]);
@@ -361,7 +363,11 @@ fn own_backends_on_a_hosts_network_are_reached_there_and_let_in_by_tunnel_addres
 #[test]
 fn more_than_64_backends_are_used_by_all_nodes_together() {
     let names: Vec<String> = (1..=100).map(|i| format!("10.2.0.{i}")).collect();
-    let slice = Slice { ports: vec![port("", 80)], backends: names.iter().map(|a| backend(a)).collect() };
+    let slice = Slice {
+        ports: vec![port("", 80)],
+        backends: names.iter().map(|a| backend(a)).collect(),
+        ..Slice::default()
+    };
     let mut used = BTreeSet::new();
     for host in 0..20 {
         let mut world = world(&format!("n{host}"));
@@ -475,6 +481,7 @@ pub(super) fn any_slices() -> impl Strategy<Value = BTreeMap<SliceKey, Slice>> {
                     .into_iter()
                     .map(|(a, ready)| tombolo_proto::model::Backend { ready, ..backend(a) })
                     .collect(),
+                ..Slice::default()
             };
             map.into_iter()
                 .map(|((name, source, v4, index), list)| {

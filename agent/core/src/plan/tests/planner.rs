@@ -108,7 +108,7 @@ fn an_address_goes_over_to_the_next_that_bears_it() {
             let address = format!("10.2.1.{last}");
             (
                 slice_key(n, "us", Family::V4, 0),
-                Slice { ports: vec![port("", 8080)], backends: vec![backend(&address)] },
+                Slice { ports: vec![port("", 8080)], backends: vec![backend(&address)], ..Slice::default() },
             )
         };
         NodeWorld {

@@ -34,7 +34,7 @@ fn join(directory: &Directory, serial: u64, key: &SigningKey) -> Membership {
         revocations: None,
         reach: Reach::Exports,
         topology: Topology::Gateway,
-        clusterset: ClustersetRanges { v4: Some("198.19.0.0/16".parse().unwrap()), v6: None },
+        clusterset: Some(ClustersetRanges { v4: Some("198.19.0.0/16".parse().unwrap()), v6: None }),
         reserved: BTreeSet::new(),
         rotations: std::collections::BTreeMap::new(),
         leaving: false,

@@ -35,7 +35,7 @@ fn slices(count: u32) -> Objects<SliceKey, Slice> {
         let backend = Backend { address, hostname: None, ready: true, serving: true, terminating: false };
         let ports = vec![Port { name: None, protocol: Protocol::Tcp, port: 8080, app_protocol: None }];
         let key = SliceKey { service, source: cluster("eu"), family: Family::V4, index };
-        (key, Slice { ports, backends: vec![backend] })
+        (key, Slice { ports, backends: vec![backend], ..Slice::default() })
     };
     Objects { set: (0..count).map(entry).collect(), keep: BTreeSet::new() }
 }
@@ -359,7 +359,7 @@ fn joined(directory: &Directory) -> (ClusterSet, SigningKey, Member) {
         revocations: None,
         reach: Reach::Exports,
         topology: Topology::Gateway,
-        clusterset: ClustersetRanges { v4: Some("198.19.0.0/16".parse().unwrap()), v6: None },
+        clusterset: Some(ClustersetRanges { v4: Some("198.19.0.0/16".parse().unwrap()), v6: None }),
         reserved: BTreeSet::new(),
         rotations: BTreeMap::new(),
         leaving: false,

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use tombolo_agent_core::desired::Vip;
 use tombolo_agent_core::object::{Import, ServiceKey};
+use tombolo_agent_core::world::ClustersetRanges;
 use tombolo_agent_core::zone::APEX;
 use tombolo_proto::model::{ClusterId, Family, Port, Protocol, ServiceType};
 
@@ -260,7 +261,8 @@ impl Walk<'_> {
         asked: Option<u16>,
     ) -> Result<BTreeMap<ClusterId, Goal>, Broken> {
         let here = self.here;
-        let clusterset = here.set.clusterset.nets().any(|net| net.contains(&address));
+        let clusterset =
+            here.set.clusterset.iter().flat_map(ClustersetRanges::nets).any(|net| net.contains(&address));
         if clusterset {
             return self.fail(
                 "reach",

@@ -72,7 +72,7 @@ fn here(change: impl FnOnce(&mut Observed, &mut Members)) -> Here {
         revocations: None,
         reach: Reach::Exports,
         topology: Topology::Gateway,
-        clusterset: ranges,
+        clusterset: Some(ranges),
         reserved: BTreeSet::new(),
         rotations: BTreeMap::new(),
         leaving: false,
@@ -99,6 +99,7 @@ fn here(change: impl FnOnce(&mut Observed, &mut Members)) -> Here {
             serving: true,
             terminating: false,
         }],
+        ..Slice::default()
     };
     let slice_key =
         |source: &str| SliceKey { service: key(), source: id(source), family: Family::V4, index: 0 };

@@ -1,0 +1,407 @@
+//! The objects as they were last told, and what the agent observes of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use tombolo_agent_core::finding::{Finding, Severity};
+use tombolo_agent_core::known::Known;
+use tombolo_agent_core::object::ServiceKey;
+use tombolo_proto::model::{NodeName, Prefix};
+
+use super::object::{Object, Source};
+use crate::api::kind::slice::{self, LocalSlice};
+use crate::api::kind::{Kind, ObjectId, Problem};
+use crate::api::observed::Observed;
+
+/// Namespace (empty for kinds outside of them) and name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Name {
+    pub(super) namespace: String,
+    pub(super) name: String,
+}
+
+impl Name {
+    pub(super) fn of(id: &ObjectId) -> Self {
+        let namespace = id.namespace.as_ref().map(ToString::to_string).unwrap_or_default();
+        Self { namespace, name: id.name.as_str().to_owned() }
+    }
+
+    fn shown(&self, source: Source) -> String {
+        let Self { namespace, name } = self;
+        let slash = if namespace.is_empty() { "" } else { "/" };
+        format!("{} {namespace}{slash}{name}", source.name())
+    }
+}
+
+/// An object as it was last told.
+#[derive(Debug, Clone)]
+pub(super) struct Entry {
+    /// `metadata.resourceVersion`
+    pub(super) version: String,
+    /// `metadata.generation`
+    pub(super) generation: Option<i64>,
+    /// What it is; what it was last, if it cannot be read now; None if it never could.
+    pub(super) object: Option<Arc<Object>>,
+    /// Why it cannot be read.
+    pub(super) problem: Option<Problem>,
+}
+
+/// A source's objects.
+#[derive(Debug, Default)]
+struct Kept {
+    /// None before the first full list.
+    told: Option<BTreeMap<Name, Entry>>,
+    /// A new list, until it is whole.
+    coming: Option<BTreeMap<Name, Entry>>,
+    /// Why nothing is told now.
+    trouble: Option<String>,
+}
+
+/// All sources.
+#[derive(Debug, Default)]
+pub(super) struct Tables {
+    sources: BTreeMap<Source, Kept>,
+}
+
+impl Tables {
+    pub(super) fn new(sources: impl IntoIterator<Item = Source>) -> Self {
+        Self { sources: sources.into_iter().map(|source| (source, Kept::default())).collect() }
+    }
+
+    /// A full list begins. What was told stays until it is whole.
+    pub(super) fn begin(&mut self, source: Source) {
+        self.kept(source).coming = Some(BTreeMap::new());
+    }
+
+    /// An object, of a list that began, or by itself. True if anything that is observed may be another now.
+    pub(super) fn put(&mut self, source: Source, name: Name, mut entry: Entry) -> bool {
+        let kept = self.kept(source);
+        let old = kept.told.as_ref().and_then(|told| told.get(&name));
+        match old {
+            Some(old) if entry.object.is_none() => entry.object.clone_from(&old.object),
+            // One value is kept of two that are equal.
+            Some(old) if old.object == entry.object => entry.object.clone_from(&old.object),
+            _ => {}
+        }
+        let news = old.is_none_or(|old| old.object != entry.object || old.problem != entry.problem);
+        let listing = kept.coming.is_some();
+        if let Some(list) = kept.coming.as_mut().or(kept.told.as_mut()) {
+            list.insert(name, entry);
+        }
+        news && !listing
+    }
+
+    /// What a writer got back: it is what is told from now on.
+    pub(super) fn wrote(&mut self, source: Source, name: Name, entry: Entry) {
+        let kept = self.kept(source);
+        if let Some(list) = &mut kept.coming {
+            list.insert(name.clone(), entry.clone());
+        }
+        if let Some(told) = &mut kept.told {
+            told.insert(name, entry);
+        }
+    }
+
+    /// An object is gone. True if it was there.
+    pub(super) fn remove(&mut self, source: Source, name: &Name) -> bool {
+        let kept = self.kept(source);
+        if let Some(list) = &mut kept.coming {
+            list.remove(name);
+        }
+        kept.told.as_mut().is_some_and(|told| told.remove(name).is_some())
+    }
+
+    /// The list is whole: what is not in it is gone.
+    pub(super) fn end(&mut self, source: Source) {
+        let kept = self.kept(source);
+        if let Some(list) = kept.coming.take() {
+            kept.told = Some(list);
+        }
+    }
+
+    /// Nothing is told for now: what was told last stays. True if that is new.
+    pub(super) fn trouble(&mut self, source: Source, why: String) -> bool {
+        let kept = self.kept(source);
+        kept.coming = None;
+        let new = kept.trouble.as_ref() != Some(&why);
+        kept.trouble = Some(why);
+        new
+    }
+
+    /// It is told again. True if it was not.
+    pub(super) fn fine(&mut self, source: Source) -> bool {
+        self.kept(source).trouble.take().is_some()
+    }
+
+    /// The API does not serve the kind: there is nothing of it, unless there once was.
+    pub(super) fn absent(&mut self, source: Source) -> bool {
+        let kept = self.kept(source);
+        kept.coming = None;
+        let new = kept.told.is_none();
+        kept.told.get_or_insert_default();
+        new
+    }
+
+    /// What was last told of an object.
+    pub(super) fn entry(&self, source: Source, name: &Name) -> Option<&Entry> {
+        self.sources.get(&source)?.told.as_ref()?.get(name)
+    }
+
+    /// All objects of a source; None before the first full list.
+    pub(super) fn all(&self, source: Source) -> Option<&BTreeMap<Name, Entry>> {
+        self.sources.get(&source)?.told.as_ref()
+    }
+
+    fn kept(&mut self, source: Source) -> &mut Kept {
+        self.sources.entry(source).or_default()
+    }
+
+    fn objects(&self, source: Source) -> Option<impl Iterator<Item = &Object>> {
+        Some(self.all(source)?.values().filter_map(|entry| entry.object.as_deref()))
+    }
+
+    fn known<T>(&self, kind: Kind, take: impl Fn(&Object) -> Option<T>) -> Option<impl Iterator<Item = T>> {
+        self.objects(Source::Kind(kind)).map(|objects| objects.filter_map(take))
+    }
+
+    /// What the agent observes.
+    pub(super) fn observed(&self) -> Observed {
+        let mut observed = Observed { findings: self.findings(), ..Observed::default() };
+        self.of_people(&mut observed);
+        self.of_ours(&mut observed);
+        observed
+    }
+
+    fn of_people(&self, observed: &mut Observed) {
+        let pods = self.pod_ranges();
+        let nodes = self.known(Kind::Node, |object| match object {
+            Object::Node(name, node) => Some((name.clone(), node.clone())),
+            _ => None,
+        });
+        observed.nodes = yes(nodes.map(|nodes| {
+            let with_ranges = |(name, mut node): (NodeName, tombolo_agent_core::object::Node)| {
+                // A CNI that gives out ranges of its own uses no others.
+                if let Some(ranges) = pods.get(&name) {
+                    node.pod_cidrs.clone_from(ranges);
+                }
+                (name, node)
+            };
+            nodes.map(with_ranges).collect()
+        }));
+        let namespaces = self.known(Kind::Namespace, |object| match object {
+            Object::Namespace(name) => Some(name.clone()),
+            _ => None,
+        });
+        observed.namespaces = yes(namespaces.map(Iterator::collect));
+        let services = self.known(Kind::Service, |object| match object {
+            Object::Service(key, value) | Object::Derived { as_service: (key, value), .. } => {
+                Some((key.clone(), value.clone()))
+            }
+            _ => None,
+        });
+        observed.services = yes(services.map(Iterator::collect));
+        let derived = self.known(Kind::Service, |object| match object {
+            Object::Derived { of, value, .. } => Some((of.clone(), value.clone())),
+            _ => None,
+        });
+        observed.derived = yes(derived.map(Iterator::collect));
+        let exports = self.known(Kind::ServiceExport, |object| match object {
+            Object::Export(key, export, status, _) => Some((key.clone(), (export.clone(), status.clone()))),
+            _ => None,
+        });
+        let exports: Option<BTreeMap<ServiceKey, _>> = exports.map(Iterator::collect);
+        if let Some(exports) = exports {
+            observed.declared_exports = Known::Yes(exports.keys().cloned().collect());
+            // Of what nobody exports no backends are needed.
+            let mut local: BTreeMap<ServiceKey, Vec<&LocalSlice>> = BTreeMap::new();
+            let slices = self.objects(Source::Kind(Kind::EndpointSlice));
+            let known = slices.is_some();
+            for object in slices.into_iter().flatten() {
+                if let Object::LocalSlice(slice) = object
+                    && exports.contains_key(&slice.service)
+                {
+                    local.entry(slice.service.clone()).or_default().push(slice);
+                }
+            }
+            let merged = local.into_iter().map(|(key, slices)| (key, slice::merge(slices))).collect();
+            observed.backends = if known { Known::Yes(merged) } else { Known::No };
+            let (mut specs, mut statuses) = (BTreeMap::new(), BTreeMap::new());
+            for (key, (export, status)) in exports {
+                specs.insert(key.clone(), export);
+                statuses.insert(key, status);
+            }
+            observed.exports = Known::Yes(specs);
+            observed.statuses = Known::Yes(statuses);
+        }
+    }
+
+    fn of_ours(&self, observed: &mut Observed) {
+        let imports = self.known(Kind::ServiceImport, |object| match object {
+            Object::Import { key, value, ours: true, .. } => Some((key.clone(), value.clone())),
+            _ => None,
+        });
+        observed.imports = yes(imports.map(Iterator::collect));
+        let slices = self.known(Kind::EndpointSlice, |object| match object {
+            Object::Slice(key, value) => Some((key.clone(), value.clone())),
+            _ => None,
+        });
+        observed.slices = yes(slices.map(Iterator::collect));
+        let members = self.known(Kind::Member, |object| match object {
+            Object::Member(cluster, value) => Some((cluster.clone(), value.clone())),
+            _ => None,
+        });
+        observed.members = yes(members.map(Iterator::collect));
+        let shards = self.known(Kind::MemberNodes, |object| match object {
+            Object::MemberNodes(cluster, _, records) => Some((cluster.clone(), records.clone())),
+            _ => None,
+        });
+        observed.member_nodes = yes(shards.map(|shards| {
+            let mut nodes: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
+            for (cluster, records) in shards {
+                let of = nodes.entry(cluster).or_default();
+                of.extend(records.into_iter().map(|record| (record.key.clone(), record)));
+            }
+            nodes
+        }));
+        let tunnel_nodes = self.known(Kind::TunnelNode, |object| match object {
+            Object::TunnelNode(name, value) => Some((name.clone(), value.clone())),
+            _ => None,
+        });
+        observed.tunnel_nodes = yes(tunnel_nodes.map(Iterator::collect));
+        let ranges = self.objects(Source::ServiceCidr).into_iter().flatten();
+        observed.service_ranges = ranges
+            .filter_map(|object| match object {
+                Object::ServiceCidr(ranges) => Some(ranges),
+                _ => None,
+            })
+            .flatten()
+            .copied()
+            .collect();
+        let sets = self.known(Kind::ClusterSet, |object| match object {
+            Object::ClusterSet(set) => Some(set.clone()),
+            _ => None,
+        });
+        observed.clusterset = yes(sets.map(|mut sets| {
+            let mut set = sets.next()?;
+            // No grant of another cluster may touch the addresses of this one's Services.
+            set.reserved.extend(observed.service_ranges.iter().copied());
+            Some(set)
+        }));
+    }
+
+    /// Which ranges a CNI says that the pods of its nodes have.
+    fn pod_ranges(&self) -> BTreeMap<NodeName, BTreeSet<Prefix>> {
+        let mut ranges: BTreeMap<NodeName, BTreeSet<Prefix>> = BTreeMap::new();
+        for source in [Source::BlockAffinity, Source::CiliumNode] {
+            for object in self.objects(source).into_iter().flatten() {
+                if let Object::PodRanges(node, list) = object
+                    && !list.is_empty()
+                {
+                    ranges.entry(node.clone()).or_default().extend(list);
+                }
+            }
+        }
+        ranges
+    }
+
+    fn findings(&self) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        for (source, kept) in &self.sources {
+            if let Some(trouble) = &kept.trouble {
+                findings.push(Finding {
+                    severity: Severity::Warning,
+                    reason: "ApiTrouble",
+                    object: format!("all of kind {}", source.name()),
+                    message: format!("cannot be watched: {trouble}; what was told last stays in use"),
+                });
+            }
+            for (name, entry) in kept.told.iter().flatten() {
+                let stays = if entry.object.is_some() { "; what was good before stays in use" } else { "" };
+                if let Some(problem) = &entry.problem {
+                    let problem =
+                        Problem { message: format!("{}{stays}", problem.message), ..problem.clone() };
+                    findings.push(problem.on(name.shown(*source), "the cluster's API"));
+                }
+                if let Some(Object::Import { ours: false, .. }) = entry.object.as_deref() {
+                    let text = "somebody else made it, and no cluster exports this name, so it is left alone and not \
+                                used; remove it, and write a ServiceExport in the cluster that has the service";
+                    let problem = Problem::warning("ServiceImportByHand", text);
+                    findings.push(problem.on(name.shown(*source), "the cluster's API"));
+                }
+            }
+        }
+        findings.sort();
+        findings.dedup();
+        findings
+    }
+}
+
+fn yes<T>(value: Option<T>) -> Known<T> {
+    value.map_or(Known::No, Known::Yes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NAMESPACES: Source = Source::Kind(Kind::Namespace);
+
+    fn name(text: &str) -> Name {
+        Name { namespace: String::new(), name: text.to_owned() }
+    }
+
+    fn entry(text: &str) -> Entry {
+        let object = Some(Arc::new(Object::Namespace(text.parse().unwrap())));
+        Entry { version: "1".to_owned(), generation: None, object, problem: None }
+    }
+
+    fn seen(tables: &Tables) -> Option<Vec<String>> {
+        tables.observed().namespaces.get().map(|all| all.iter().map(ToString::to_string).collect())
+    }
+
+    fn texts(list: &[&str]) -> Option<Vec<String>> {
+        Some(list.iter().map(|t| (*t).to_owned()).collect())
+    }
+
+    #[test]
+    fn nothing_is_known_before_the_first_whole_list_and_nothing_lost_before_the_next() {
+        let mut tables = Tables::new([NAMESPACES]);
+        tables.begin(NAMESPACES);
+        tables.put(NAMESPACES, name("a"), entry("a"));
+        tables.put(NAMESPACES, name("b"), entry("b"));
+        assert_eq!(seen(&tables), None);
+        tables.end(NAMESPACES);
+        assert_eq!(seen(&tables), texts(&["a", "b"]));
+        // A list that is cut off takes nothing away.
+        tables.begin(NAMESPACES);
+        tables.put(NAMESPACES, name("b"), entry("b"));
+        assert!(tables.trouble(NAMESPACES, "gone".to_owned()));
+        assert_eq!(seen(&tables), texts(&["a", "b"]));
+        assert_eq!(tables.observed().findings.len(), 1);
+        tables.begin(NAMESPACES);
+        tables.put(NAMESPACES, name("b"), entry("b"));
+        tables.end(NAMESPACES);
+        assert_eq!(seen(&tables), texts(&["b"]));
+        assert!(tables.fine(NAMESPACES) && tables.observed().findings.is_empty());
+        assert!(tables.remove(NAMESPACES, &name("b")));
+        assert_eq!(seen(&tables), texts(&[]));
+    }
+
+    #[test]
+    fn what_cannot_be_read_stays_as_it_was() {
+        let mut tables = Tables::new([NAMESPACES]);
+        tables.begin(NAMESPACES);
+        tables.put(NAMESPACES, name("a"), entry("a"));
+        tables.end(NAMESPACES);
+        let broken = Entry {
+            version: "2".to_owned(),
+            generation: None,
+            object: None,
+            problem: Some(Problem::error("BadObject", "broken")),
+        };
+        assert!(tables.put(NAMESPACES, name("a"), broken.clone()));
+        assert!(!tables.put(NAMESPACES, name("a"), broken), "no news");
+        assert_eq!(seen(&tables), texts(&["a"]));
+        assert!(tables.observed().findings[0].message.contains("stays in use"));
+    }
+}
