@@ -1,0 +1,93 @@
+//! An API server that goes and comes.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tombolo_agent::api::{ClusterApi, Error, Observed};
+use tombolo_agent_core::known::Known;
+
+use crate::objects::{connect, derived, import, key, until};
+use crate::server::{Server, apply};
+
+/// What it told, and does not take back.
+fn holds(now: &Observed) -> bool {
+    now.namespaces.get().is_some_and(|all| all.iter().any(|n| n.as_str() == "shop"))
+        && now.exports.get().is_some_and(|all| all.contains_key(&key("shop/web")))
+        && now.imports.get().is_some_and(|all| all.contains_key(&key("shop/web")))
+        && now.derived.get().is_some_and(|all| all.contains_key(&key("shop/web")))
+        && now.members.is_known()
+        && now.slices.is_known()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_api_server_that_goes_and_comes_withdraws_nothing() {
+    let Some(mut server) = Server::start().await else { return };
+    let client = server.install().await;
+    let api = connect(&server).await;
+    let mut observed = api.observe();
+    let export = |name: &str| {
+        json!({
+            "apiVersion": "multicluster.x-k8s.io/v1beta1", "kind": "ServiceExport",
+            "metadata": { "name": name, "namespace": "shop" },
+        })
+    };
+    apply(&client, export("web")).await;
+    until(&mut observed, "what writers need", |now| now.services.is_known() && now.imports.is_known()).await;
+    let web = key("shop/web");
+    let services = [(web.clone(), derived(&[], &[tombolo_proto::model::Family::V4]))].into();
+    let made = api.write_derived(services, Default::default()).await.unwrap();
+    let ip = made[&web].ips[0].to_string();
+    api.write_imports([(web.clone(), import(&[&ip]))].into(), Default::default()).await.unwrap();
+    until(&mut observed, "all of it", holds).await;
+
+    // Every value that is told from now on is looked at.
+    let mut told = api.observe();
+    let watching = tokio::spawn(async move {
+        let mut seen: Vec<Arc<Observed>> = Vec::new();
+        while told.changed().await.is_ok() {
+            let now = told.borrow_and_update().clone();
+            if !holds(&now) {
+                return Err(format!("{now:#?}"));
+            }
+            seen.push(now);
+            if seen
+                .last()
+                .is_some_and(|now| now.exports.get().is_some_and(|all| all.contains_key(&key("shop/third"))))
+            {
+                return Ok(seen.len());
+            }
+        }
+        Ok(0)
+    });
+    for name in ["second", "third"] {
+        server.stop_api();
+        until(&mut observed, "a finding on it", |now| now.findings.iter().any(|f| f.reason == "ApiTrouble"))
+            .await;
+        let refused = api.write_imports([(key("shop/new"), import(&[&ip]))].into(), Default::default()).await;
+        assert!(matches!(refused, Err(Error::Api { .. })), "{refused:?}");
+        assert!(server.etcd_lives());
+        server.start_api().await;
+        let back = Instant::now();
+        apply(&client, export(name)).await;
+        let new = key(&format!("shop/{name}"));
+        until(&mut observed, "what is new", |now| {
+            now.exports.get().is_some_and(|all| all.contains_key(&new)) && now.findings.is_empty()
+        })
+        .await;
+        let took = back.elapsed();
+        println!("measured caught up {took:?} after the API server came back");
+        assert!(took < Duration::from_secs(5) * 2, "caught up only after {took:?}");
+    }
+    let seen = watching.await.unwrap();
+    assert!(seen.as_ref().is_ok_and(|count| *count > 0), "something was withdrawn: {seen:?}");
+    // Writers go on where they were.
+    assert!(
+        api.write_imports(BTreeMap::from([(web, import(&[&ip]))]), Default::default())
+            .await
+            .unwrap()
+            .is_nothing()
+    );
+    assert!(matches!(observed.borrow().clusterset, Known::Yes(None)));
+}
