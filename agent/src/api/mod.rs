@@ -62,6 +62,10 @@ pub trait ClusterApi: Send + Sync {
         gone: BTreeSet<ServiceKey>,
     ) -> Result<BTreeMap<ServiceKey, DerivedService>, Error>;
 
+    /// Makes the cluster's own ClusterProperties so (about.k8s.io): others of ours go, others' stay. Only the leader calls
+    /// it. A directory has none.
+    async fn apply_properties(&self, desired: &BTreeMap<&'static str, String>) -> Result<Applied, Error>;
+
     /// Writes the statuses of the users' ServiceExports. `now`: unix seconds, for the times of conditions that
     /// changed. Exports that are gone are passed over. Only the leader calls it.
     async fn apply_statuses(

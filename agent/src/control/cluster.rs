@@ -42,6 +42,11 @@ const RESYNC: Duration = Duration::from_secs(30);
 /// After a pass that failed in part.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// ClusterProperty with the own cluster's id.
+const CLUSTER_PROPERTY: &str = "cluster.clusterset.k8s.io";
+/// ClusterProperty with the set's id; there only while the cluster is a member.
+const SET_PROPERTY: &str = "clusterset.k8s.io";
+
 /// Why the lead was given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
@@ -273,6 +278,11 @@ impl Controller {
             self.hand_on(frame, clusterset, own);
         }
         self.documents(&view, observed, &mut writes).await;
+        let properties = BTreeMap::from([
+            (CLUSTER_PROPERTY, self.cluster.to_string()),
+            (SET_PROPERTY, clusterset.set.to_string()),
+        ]);
+        self.properties(&properties, &mut writes).await;
         if let (Some(nodes), Some(tunnel_nodes)) = (observed.nodes.get(), observed.tunnel_nodes.get()) {
             for node in tunnel_nodes.keys().filter(|n| !nodes.contains_key(*n)) {
                 let delete = self.api.delete_tunnel_node(node);
@@ -428,6 +438,12 @@ impl Controller {
         Ok(())
     }
 
+    /// Says, as others than us may ask, which cluster this is, and of which set (KEP-2149).
+    async fn properties(&self, properties: &BTreeMap<&'static str, String>, writes: &mut Writes<'_>) {
+        let write = self.api.apply_properties(properties);
+        writes.attempt("ClusterProperties are not written", write).await;
+    }
+
     async fn documents(&self, view: &View, observed: &Observed, writes: &mut Writes<'_>) {
         if let (Known::Yes(Some(clusterset)), Known::Yes(members)) = (&observed.clusterset, &observed.members)
         {
@@ -458,6 +474,7 @@ impl Controller {
         let (slices, imports) = (Objects::default(), Objects::default());
         writes.attempt("imported EndpointSlices stay", self.api.apply_slices(&slices)).await;
         writes.attempt("ServiceImports stay", self.api.apply_imports(&imports)).await;
+        self.properties(&BTreeMap::new(), writes).await;
         self.documents(view, observed, writes).await;
         Ok(())
     }
@@ -486,6 +503,7 @@ impl Controller {
             let (slices, imports) = (Objects::default(), Objects::default());
             writes.attempt("imported EndpointSlices stay", self.api.apply_slices(&slices)).await;
             writes.attempt("ServiceImports stay", self.api.apply_imports(&imports)).await;
+            self.properties(&BTreeMap::new(), writes).await;
         }
     }
 

@@ -146,9 +146,11 @@ async fn manifests_are_clean_and_grant_what_is_needed_and_nothing_else() {
             && now.slices.is_known()
             && now.clusterset.is_known()
             && !now.service_ranges.is_empty()
+            // None of it was refused. (For a moment after its start an API server serves not all kinds.)
+            && now.findings.is_empty()
     })
     .await;
-    assert!(now.findings.is_empty() && !now.services.is_known(), "{:?}", now.findings);
+    assert!(!now.services.is_known());
     let value = TunnelNode {
         devices: BTreeMap::new(),
         candidates: vec!["192.0.2.1".parse().unwrap()],
@@ -185,7 +187,7 @@ async fn manifests_are_clean_and_grant_what_is_needed_and_nothing_else() {
     // The controller writes what is ours, and no Service of a user's.
     let api = connect(&server, "controller", &token(&server, "tombolo-controller", None).await, false).await;
     let mut observed = api.observe();
-    let now = until(&mut observed, "what a controller needs", |now| {
+    until(&mut observed, "what a controller needs", |now| {
         now.exports.is_known()
             && now.services.is_known()
             && now.derived.is_known()
@@ -197,9 +199,9 @@ async fn manifests_are_clean_and_grant_what_is_needed_and_nothing_else() {
             && now.nodes.is_known()
             && now.tunnel_nodes.is_known()
             && now.clusterset.is_known()
+            && now.findings.is_empty()
     })
     .await;
-    assert!(now.findings.is_empty(), "{:?}", now.findings);
     let web = key("shop/web");
     let services = || BTreeMap::from([(web.clone(), derived(&[], &[Family::V4]))]);
     let made = api.write_derived(services(), BTreeSet::new()).await.unwrap();

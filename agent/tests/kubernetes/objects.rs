@@ -139,7 +139,29 @@ async fn what_people_write_is_observed_and_what_is_written_is_kept_so() {
     adoption(&client, &api, &mut observed).await;
     statuses(&client, &api, &mut observed).await;
     own_kinds(&api, &mut observed).await;
+    properties(&client, &api).await;
     lead(&api).await;
+}
+
+/// mcs 44 to 47.
+async fn properties(client: &Client, api: &Kubernetes) {
+    let wanted = BTreeMap::from([("cluster.clusterset.k8s.io", "eu".to_owned())]);
+    let value = async || {
+        let found =
+            get(client, "about.k8s.io/v1alpha1", "ClusterProperty", "", "cluster.clusterset.k8s.io").await;
+        found.map(|object| object["spec"]["value"].as_str().unwrap().to_owned())
+    };
+    // The kind may not be listed yet, and what was written is told a moment later.
+    let start = Instant::now();
+    while value().await.as_deref() != Some("eu") || !api.apply_properties(&wanted).await.unwrap().is_nothing()
+    {
+        api.apply_properties(&wanted).await.unwrap();
+        assert!(start.elapsed() < PATIENCE, "the property is not written");
+    }
+    while value().await.is_some() {
+        api.apply_properties(&BTreeMap::new()).await.unwrap();
+        assert!(start.elapsed() < PATIENCE, "the property stays");
+    }
 }
 
 async fn people(client: &Client, observed: &mut watch::Receiver<std::sync::Arc<Observed>>) {

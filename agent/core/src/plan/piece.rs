@@ -66,6 +66,12 @@ pub fn own(world: &ClusterWorld) -> Option<OwnPlan> {
     })
 }
 
+/// Clusters that no ready node of this one has a way to, as nodes say: where others balance, what comes from there is not
+/// ready while another cluster has the service.
+pub fn unreached(world: &ClusterWorld) -> BTreeSet<ClusterId> {
+    slice::unreached(world)
+}
+
 /// What the services share: whose each ClusterSetIP is, and how much one other cluster has here.
 #[derive(Debug)]
 pub struct Shared {

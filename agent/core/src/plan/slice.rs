@@ -146,7 +146,7 @@ fn withhold(
 }
 
 /// Clusters that every ready node says no way from it leads to.
-fn unreached(world: &ClusterWorld) -> BTreeSet<ClusterId> {
+pub(crate) fn unreached(world: &ClusterWorld) -> BTreeSet<ClusterId> {
     let (Some(nodes), Some(told)) = (world.nodes.get(), world.tunnel_nodes.get()) else {
         return BTreeSet::new();
     };

@@ -297,6 +297,11 @@ impl ClusterApi for Directory {
         Ok(BTreeMap::new())
     }
 
+    async fn apply_properties(&self, _desired: &BTreeMap<&'static str, String>) -> Result<Applied, Error> {
+        // The ClusterSet says the same to whoever reads state/.
+        Ok(Applied::default())
+    }
+
     async fn apply_statuses(
         &self,
         desired: &BTreeMap<ServiceKey, ExportStatus>,

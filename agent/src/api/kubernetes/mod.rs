@@ -6,6 +6,7 @@
 mod access;
 mod fence;
 mod object;
+mod property;
 mod service;
 mod table;
 mod watch;
@@ -314,6 +315,10 @@ impl ClusterApi for Kubernetes {
         let items = desired.iter().map(|(key, status)| (key.clone(), status.clone())).collect();
         let write = |(key, status)| self.write_status(key, status, now);
         Ok(Applied { written: count(self.each(items, write).await?), deleted: 0 })
+    }
+
+    async fn apply_properties(&self, desired: &BTreeMap<&'static str, String>) -> Result<Applied, Error> {
+        property::apply(&self.writer, &self.fence, desired).await
     }
 
     async fn stamp_exports(&self, _now: u64) -> Result<Applied, Error> {

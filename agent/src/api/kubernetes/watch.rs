@@ -23,7 +23,7 @@ const DEBOUNCE: Duration = Duration::from_millis(5);
 const BRAKE: Duration = Duration::from_millis(300);
 /// After a failure; doubled up to [`RETRY_MAX`], so that an API server that is back is heard within seconds.
 const RETRY: Duration = Duration::from_millis(100);
-const RETRY_MAX: Duration = Duration::from_secs(3);
+const RETRY_MAX: Duration = Duration::from_secs(2);
 /// Whether the API serves a kind by now is asked again after so long.
 const ABSENT: Duration = Duration::from_secs(30);
 /// Objects that are listed at a time.
@@ -52,6 +52,11 @@ impl Shared {
     pub(super) fn served(&self, source: Source) -> Option<ApiResource> {
         let served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
         served.get(&source).cloned().or_else(|| source.resources().into_iter().next())
+    }
+
+    /// The same, once it was listed.
+    pub(super) fn listed(&self, source: Source) -> Option<ApiResource> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner).get(&source).cloned()
     }
 
     fn serve(&self, source: Source, resource: ApiResource) {

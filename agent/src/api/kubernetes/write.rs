@@ -273,9 +273,9 @@ pub(super) async fn swap(
     }
 }
 
-type Outcome<T> = Result<Result<T, kube::Error>, tokio::time::error::Elapsed>;
+pub(super) type Outcome<T> = Result<Result<T, kube::Error>, tokio::time::error::Elapsed>;
 
-async fn timed<T>(request: impl Future<Output = Result<T, kube::Error>>) -> Outcome<T> {
+pub(super) async fn timed<T>(request: impl Future<Output = Result<T, kube::Error>>) -> Outcome<T> {
     timeout(REQUEST, request).await
 }
 

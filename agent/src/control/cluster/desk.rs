@@ -116,8 +116,9 @@ impl Desk {
             own: own.clone(),
             clusterset: said.ranges,
             topology: said.topology,
-            nodes: Known::No,
-            tunnel_nodes: Known::No,
+            // Where others balance, which clusters no node reaches.
+            nodes: if said.ranges.is_none() { observed.nodes.clone() } else { Known::No },
+            tunnel_nodes: if said.ranges.is_none() { observed.tunnel_nodes.clone() } else { Known::No },
             stated: Known::No,
             namespaces: Known::Yes(namespaces.clone()),
             services: Known::No,
@@ -178,6 +179,8 @@ impl Desk {
         }
         let mut clusters: BTreeSet<&ClusterId> =
             before.unknown.symmetric_difference(&world.unknown).collect();
+        let unreached = (piece::unreached(before), piece::unreached(world));
+        clusters.extend(unreached.0.symmetric_difference(&unreached.1));
         clusters.extend(before.foreign.keys().filter(|c| !world.foreign.contains_key(*c)));
         for (cluster, new) in &world.foreign {
             let same = before.foreign.get(cluster).is_some_and(|old| {

@@ -278,6 +278,10 @@ impl ClusterApi for Blind {
         self.directory.write_slices(set, gone).await
     }
 
+    async fn apply_properties(&self, desired: &BTreeMap<&'static str, String>) -> Result<Applied, Error> {
+        self.directory.apply_properties(desired).await
+    }
+
     async fn apply_statuses(
         &self,
         desired: &BTreeMap<ServiceKey, ExportStatus>,

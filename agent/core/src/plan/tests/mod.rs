@@ -1,6 +1,7 @@
 //! Laws of design.md 9 on plans.
 
 mod cluster;
+mod derived;
 mod eligible;
 mod mcs;
 mod merge;

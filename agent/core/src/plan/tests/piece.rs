@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::cluster::{any_world, applied, known};
 use crate::finding::Finding;
 use crate::known::{Known, Objects};
-use crate::object::{ExportStatus, Import, ServiceKey, Slice, SliceKey};
+use crate::object::{DerivedService, ExportStatus, Import, ServiceKey, Slice, SliceKey};
 use crate::plan::piece::{self, OwnPlan, Shared};
 use crate::world::ClusterWorld;
 
@@ -15,6 +15,7 @@ use crate::world::ClusterWorld;
 struct Whole {
     imports: Objects<ServiceKey, Import>,
     slices: Objects<SliceKey, Slice>,
+    derived: BTreeMap<ServiceKey, DerivedService>,
     statuses: BTreeMap<ServiceKey, ExportStatus>,
     findings: BTreeSet<Finding>,
 }
@@ -48,7 +49,8 @@ fn pieces(world: &ClusterWorld, own: &OwnPlan, shared: &mut Shared) -> Whole {
         if piece.stays {
             whole.imports.keep.insert(key.clone());
         }
-        whole.imports.set.extend(piece.import.map(|import| (key, import)));
+        whole.imports.set.extend(piece.import.map(|import| (key.clone(), import)));
+        whole.derived.extend(piece.derived.map(|service| (key.clone(), service)));
         whole.slices.set.extend(piece.slices);
         whole.slices.keep.extend(piece.keep);
         whole.findings.extend(piece.findings);
@@ -62,6 +64,7 @@ fn same(world: &ClusterWorld, own: &OwnPlan, whole: Whole) -> Result<(), TestCas
     prop_assert_eq!(&own.nodes, desired.nodes.get().unwrap());
     prop_assert_eq!(&whole.imports, desired.imports.get().unwrap());
     prop_assert_eq!(&whole.slices, desired.slices.get().unwrap());
+    prop_assert_eq!(&whole.derived, &desired.derived.get().unwrap().set);
     prop_assert_eq!(&whole.statuses, desired.statuses.get().unwrap());
     prop_assert_eq!(whole.findings.into_iter().collect::<Vec<_>>(), findings);
     Ok(())
@@ -71,7 +74,10 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
-    fn pieces_make_the_whole(first in any_world(), second in any_world()) {
+    fn pieces_make_the_whole(mut first in any_world(), mut second in any_world(), kubernetes in any::<bool>()) {
+        if kubernetes {
+            (first.clusterset, second.clusterset) = (None, None);
+        }
         let mut shared =
             Shared::new(first.cluster.clone(), first.clusterset, first.imports.get().unwrap());
         let own = piece::own(&first).unwrap();
