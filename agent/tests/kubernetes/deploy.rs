@@ -154,6 +154,7 @@ async fn manifests_are_clean_and_grant_what_is_needed_and_nothing_else() {
     let value = TunnelNode {
         devices: BTreeMap::new(),
         candidates: vec!["192.0.2.1".parse().unwrap()],
+        outside: BTreeSet::new(),
         prefixes: BTreeSet::new(),
         unreached: BTreeSet::new(),
     };

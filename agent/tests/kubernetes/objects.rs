@@ -351,7 +351,7 @@ async fn imports(
     let (slice_key, value) = slice();
     let slices = || BTreeMap::from([(slice_key.clone(), value.clone())]);
     assert_eq!(api.write_slices(slices(), BTreeSet::new()).await.unwrap().written, 1);
-    until(observed, "the slice", |now| now.slices.get() == Some(&slices())).await;
+    until(observed, "the slice", |now| now.slices.get() == Some(&slices().into())).await;
     assert!(api.write_slices(slices(), BTreeSet::new()).await.unwrap().is_nothing());
     let name = tombolo_agent::api::kind::slice::name(&slice_key);
     let there = get(client, "discovery.k8s.io/v1", "EndpointSlice", "shop", &name).await.unwrap();
@@ -363,7 +363,7 @@ async fn imports(
     api.write_slices(BTreeMap::new(), [slice_key.clone()].into()).await.unwrap();
     assert!(api.write_slices(BTreeMap::new(), [slice_key].into()).await.unwrap().is_nothing());
     assert_eq!(api.apply_imports(&Objects::default()).await.unwrap().deleted, 1);
-    until(observed, "no import", |now| now.imports.get().is_some_and(BTreeMap::is_empty)).await;
+    until(observed, "no import", |now| now.imports.get().is_some_and(|imports| imports.is_empty())).await;
 }
 
 /// mcs 8 as we read it: an import that somebody else made is left alone until the set exports its name.
@@ -469,6 +469,7 @@ async fn own_kinds(api: &Kubernetes, observed: &mut watch::Receiver<std::sync::A
     let value = TunnelNode {
         devices: [(DeviceNumber::new(0).unwrap(), device)].into(),
         candidates: vec!["192.0.2.1".parse().unwrap()],
+        outside: BTreeSet::new(),
         prefixes: ["10.1.1.0/24".parse().unwrap()].into(),
         unreached: [us].into(),
     };
