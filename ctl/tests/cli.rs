@@ -691,3 +691,36 @@ fn a_large_cluster_has_tunnel_addresses_for_its_nodes() {
     bench.refuses_with("invite b --pod-cidr 10.128.0.0/16 --nodes 0", "", 2, &["--nodes"]);
     bench.refuses("invite b --pod-cidr 10.128.0.0/16 --nodes 65534", &["no free /16"]);
 }
+
+#[test]
+fn manifests_make_a_kubernetes_cluster_a_member() {
+    use tombolo_agent::api::kind::{cluster_set, member, secret};
+    use tombolo_proto::trust::{Membership, RootChain};
+
+    let bench = Bench::founded();
+    fs::write(bench.path("eu.token"), bench.token("eu", "10.1.0.0/16")).unwrap();
+    let before = bench.files();
+    let list = bench.json("join --kubernetes @eu.token --reserve 192.0.2.0/24");
+    assert_eq!(bench.files(), before, "nothing is written");
+    let find = |kind: &str| {
+        let items = list["items"].as_array().unwrap();
+        items.iter().find(|item| item["kind"] == kind).unwrap().clone()
+    };
+    let set = cluster_set::read(&serde_json::from_value(find("ClusterSet")).unwrap()).unwrap();
+    assert_eq!((set.cluster.as_str(), set.clusterset), ("eu", None), "Services carry ClusterSetIPs");
+    assert_eq!(set.reserved.len(), 1);
+    let (cluster, own) = member::read(&serde_json::from_value(find("Member")).unwrap()).unwrap();
+    assert_eq!(cluster, set.cluster);
+    let keys = secret::read(&find("Secret")).unwrap();
+    let roots = RootChain::pinned(set.set, &set.roots).unwrap();
+    let membership = Membership::verify(&roots, &own.grant, &own.bindings).unwrap();
+    assert_eq!(membership.key(), keys.newest.public(), "the key is the one that is bound");
+
+    // As YAML for kubectl, and each time with another key.
+    let text = bench.run("join --kubernetes @eu.token").ok();
+    let documents: Vec<Value> =
+        text.split("---\n").skip(1).map(|part| serde_saphyr::from_str(part).unwrap()).collect();
+    assert_eq!(documents.len(), 3);
+    assert_ne!(documents[0]["data"], find("Secret")["data"]);
+    bench.refuses_with("join --kubernetes @eu.token --new-key", "", 2, &["--new-key"]);
+}

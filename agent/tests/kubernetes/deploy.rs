@@ -94,7 +94,7 @@ fn agents_may_do_what_is_listed_and_no_more() {
 }
 
 /// A token of a service account, bound to a pod on a node if there is one.
-async fn token(server: &Server, account: &str, pod: Option<&str>) -> String {
+fn token(server: &Server, account: &str, pod: Option<&str>) -> String {
     let mut arguments = vec!["create", "token", account, "-n", "tombolo-system"];
     if let Some(pod) = pod {
         arguments.extend(["--bound-object-kind=Pod", "--bound-object-name", pod]);
@@ -135,7 +135,7 @@ async fn manifests_are_clean_and_grant_what_is_needed_and_nothing_else() {
     .await;
 
     // A node reads what it needs, and says what itself is.
-    let api = connect(&server, "n1", &token(&server, "tombolo-node", Some("agent-n1")).await, true).await;
+    let api = connect(&server, "n1", &token(&server, "tombolo-node", Some("agent-n1")), true).await;
     let mut observed = api.observe();
     let now = until(&mut observed, "what a node needs", |now| {
         now.nodes.is_known()
@@ -173,7 +173,7 @@ async fn manifests_are_clean_and_grant_what_is_needed_and_nothing_else() {
     assert_eq!(api.write_tunnel_node(&node("n1"), &value).await.unwrap().written, 1);
     assert!(get(&client, "tombolo.dev/v1alpha1", "TunnelNode", "", "n2").await.is_none());
     // A token that was stolen off no pod is no node's.
-    let loose = connect(&server, "loose", &token(&server, "tombolo-node", None).await, true).await;
+    let loose = connect(&server, "loose", &token(&server, "tombolo-node", None), true).await;
     until(&mut loose.observe(), "what there is", |now| now.tunnel_nodes.is_known()).await;
     let other = TunnelNode { candidates: Vec::new(), ..value.clone() };
     let refused = loose.write_tunnel_node(&node("n1"), &other).await;
@@ -186,7 +186,7 @@ async fn manifests_are_clean_and_grant_what_is_needed_and_nothing_else() {
     assert!(matches!(refused, Err(Error::Refused { .. })), "{refused:?}");
 
     // The controller writes what is ours, and no Service of a user's.
-    let api = connect(&server, "controller", &token(&server, "tombolo-controller", None).await, false).await;
+    let api = connect(&server, "controller", &token(&server, "tombolo-controller", None), false).await;
     let mut observed = api.observe();
     until(&mut observed, "what a controller needs", |now| {
         now.exports.is_known()
@@ -220,7 +220,7 @@ async fn manifests_are_clean_and_grant_what_is_needed_and_nothing_else() {
         }),
     )
     .await;
-    let as_controller = server.kubeconfig("controller", &token(&server, "tombolo-controller", None).await);
+    let as_controller = server.kubeconfig("controller", &token(&server, "tombolo-controller", None));
     let refused = server.kubectl(&[
         "--kubeconfig",
         as_controller.to_str().unwrap(),

@@ -1,5 +1,6 @@
 //! tombolo.dev/v1alpha1 ClusterSet: the object that makes a cluster a member.
 #![allow(unreachable_pub, reason = "the schema macro repeats the types where nobody sees them")]
+#![allow(clippy::duplicated_attributes, reason = "columns are of one type")]
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,5 +1,6 @@
 //! tombolo.dev/v1alpha1 Member and MemberNodes: what the controller verified of a cluster, as it came.
 #![allow(unreachable_pub, reason = "the schema macro repeats the types where nobody sees them")]
+#![allow(clippy::duplicated_attributes, reason = "columns are of one type")]
 
 use std::collections::BTreeMap;
 

@@ -67,7 +67,8 @@ impl Kubernetes {
         Ok(Self { writer: Writer { client, shared }, fence, watching })
     }
 
-    /// Does one thing to many objects, some at a time, while this process leads. All are tried; the first error is told.
+    /// Does one thing to many objects, some at a time, while it is known that this process leads. All are tried then; the
+    /// first error is told.
     async fn each<T, O, F>(&self, items: Vec<T>, write: impl Fn(T) -> F) -> Result<Vec<O>, Error>
     where
         F: Future<Output = Result<O, Error>>,
@@ -75,17 +76,18 @@ impl Kubernetes {
         let one = |item: T| {
             let work = write(item);
             async {
-                self.fence.check().await?;
-                work.await
+                match self.fence.check().await {
+                    Ok(()) => Ok(work.await),
+                    Err(error) => Err(error),
+                }
             }
         };
         let mut results = Vec::with_capacity(items.len());
         let mut first = None;
         let mut work = stream::iter(items).map(one).buffer_unordered(WRITES);
         while let Some(result) = work.next().await {
-            match result {
+            match result? {
                 Ok(done) => results.push(done),
-                Err(Error::NotLeading) => return Err(Error::NotLeading),
                 Err(error) => {
                     first.get_or_insert(error);
                 }
