@@ -2,12 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use tombolo_lab::kubernetes::conformance;
+use tombolo_lab::kubernetes::{SYSTEM, conformance, find};
+use tombolo_lab::place::words;
 use tombolo_lab::topology::{KUBERNETES, Proxy};
-use tombolo_lab::{Lab, Topology, host, scenario_kubernetes, wait_until};
+use tombolo_lab::{Lab, Topology, host, scenario_kubernetes, strict, wait_until};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -109,4 +110,153 @@ fn pods_of_kwok_answer_at_their_addresses_and_run_programs() {
             Ok(())
         },
     );
+}
+
+/// deploy/ is taken whole by a real API server.
+#[test]
+fn the_manifests_are_clean_under_a_server_side_dry_run() {
+    scenario_kubernetes(
+        "the_manifests_are_clean_under_a_server_side_dry_run",
+        Duration::from_secs(120),
+        || {
+            let mut topology = Topology::parse(KUBERNETES)?;
+            topology.clusters.truncate(1);
+            let lab = Lab::build(topology)?;
+            lab.install("eu-west")?;
+            lab.dry_run("eu-west")
+        },
+    );
+}
+
+/// The whole purpose: a ServiceExport of one cluster, applied as anybody applies it, is a name in a pod of another.
+#[test]
+fn an_export_of_one_real_cluster_is_a_name_in_another() {
+    scenario_kubernetes(
+        "an_export_of_one_real_cluster_is_a_name_in_another",
+        Duration::from_secs(300),
+        || {
+            let lab = Lab::build(Topology::parse(KUBERNETES)?)?;
+            lab.bring_up()?;
+            lab.export("eu-west", "production", "api-service")?;
+            let name = "api-service.production.svc.clusterset.local";
+            let url = format!("http://{name}:8080/health");
+            for family in ["-4", "-6"] {
+                wait_until(&format!("{url} {family}"), SOON, || {
+                    let answer = lab.fetch("us-b", &url, &[family, "--timeout", "2"])?;
+                    ensure!(answer.status == 200, "{answer:?}");
+                    Ok(())
+                })
+                .with_context(|| tell(&lab, "us-east"))?;
+            }
+            // Both backends answer, and see who asks.
+            let mut seen = BTreeSet::new();
+            wait_until("both backends of the other cluster", SOON, || {
+                seen.extend(answering(&lab, "us-b", &url, 4)?);
+                ensure!(seen.len() == 2, "{seen:?} answer");
+                Ok(())
+            })?;
+            let own = lab.topology().pod("us-b")?.v4.to_string();
+            let source = lab.fetch("us-b", &format!("http://{name}:8080/ip"), &["-4"])?;
+            ensure!(source.body.trim() == own, "{own} was seen as {}", source.body.trim());
+            let import = ["get", "serviceimport", "api-service", "-n", "production", "-o"];
+            let clusters = lab.kubectl(
+                "us-east",
+                &[&import[..], &["jsonpath={.status.clusters[*].cluster}"]].concat(),
+                "",
+            )?;
+            ensure!(clusters == "eu-west", "the import is of {clusters:?}");
+            lab.unexport("eu-west", "production", "api-service")?;
+            wait_until("the import to go", SOON, || {
+                let left = lab.kubectl(
+                    "us-east",
+                    &["get", "serviceimports,services", "-n", "production", "-o", "name"],
+                    "",
+                )?;
+                ensure!(left.trim() == "service/web", "{left}");
+                Ok(())
+            })?;
+            Ok(())
+        },
+    );
+}
+
+/// What a cluster's own objects say, for an error.
+fn tell(lab: &Lab, cluster: &str) -> String {
+    let objects = "serviceexports,serviceimports,services,endpointslices,tunnelnodes,members";
+    let told = lab.kubectl(cluster, &["get", objects, "-A"], "");
+    let agents = lab.topology().nodes().filter(|n| n.cluster == cluster).map(|n| lab.tail(&n.name, "agent"));
+    let controllers = (0..2).map(|n| lab.tail(&format!("controller-{cluster}-{n}"), "controller"));
+    let logs: Vec<_> = agents.chain(controllers).collect();
+    format!("{}\n{}", told.unwrap_or_else(|error| format!("{error:#}")), logs.join("\n"))
+}
+
+/// RBAC and policies of deploy/ as the API server holds them against a node's own token.
+#[test]
+fn a_node_writes_only_its_own_tunnel_node() {
+    scenario_kubernetes("a_node_writes_only_its_own_tunnel_node", Duration::from_secs(240), || {
+        let lab = Lab::build(Topology::parse(KUBERNETES)?)?;
+        lab.bring_up()?;
+        let account = "/run/secrets/kubernetes.io/serviceaccount";
+        let node = lab.place("eu-gw1")?;
+        let token = node.capture(&["cat", &format!("{account}/token")])?;
+        let (kubectl, authority) = (find("kubectl")?, format!("--certificate-authority={account}/ca.crt"));
+        let token = format!("--token={}", token.trim());
+        let as_node = |words: &[&str]| {
+            let own = [
+                &*kubectl,
+                "--kubeconfig=/dev/null",
+                "--server=https://10.96.0.1",
+                "--cache-dir=/run/lab/state/cache",
+            ];
+            node.output(&[&own[..], &[&authority, &token], words].concat())
+        };
+        let patch = |name: &str| {
+            let note = "{\"metadata\":{\"annotations\":{\"lab\":\"here\"}}}";
+            as_node(&["patch", "tunnelnode", name, "--type=merge", "--patch", note])
+        };
+        let own = patch("eu-gw1")?;
+        ensure!(own.status.success(), "{}", words(&own));
+        for (what, output) in [
+            ("another's TunnelNode", patch("eu-w1")?),
+            ("the cluster's key", as_node(&["get", "secret", "tombolo-cluster-key", "-n", SYSTEM])?),
+            ("an import", as_node(&["delete", "serviceimport", "any", "-n", "production"])?),
+        ] {
+            let said = words(&output);
+            ensure!(!output.status.success() && said.contains("orbidden"), "{what}: {said}");
+        }
+        Ok(())
+    });
+}
+
+/// While the API server hangs nothing is withdrawn and no packet lost; afterwards what came meanwhile is caught up.
+#[test]
+fn an_api_server_that_hangs_costs_nothing() {
+    scenario_kubernetes("an_api_server_that_hangs_costs_nothing", Duration::from_secs(600), || {
+        let lab = Lab::build(Topology::parse(KUBERNETES)?)?;
+        lab.bring_up()?;
+        lab.export("eu-west", "production", "api-service")?;
+        let url = "http://api-service.production.svc.clusterset.local:8080/health";
+        wait_until("the name in the other cluster", SOON, || answering(&lab, "us-b", url, 1).map(drop))?;
+        let backend = lab.topology().pod("eu-a")?.v4;
+        let flow = lab.udp_flow("us-b", backend.into(), 500)?;
+        let away = Duration::from_secs(if strict() { 300 } else { 30 });
+        lab.stop("api-us-east", "kube-apiserver")?;
+        let start = Instant::now();
+        while start.elapsed() < away {
+            answering(&lab, "us-b", url, 1)
+                .with_context(|| format!("{:?} into the outage", start.elapsed()))?;
+        }
+        let report = flow.stop_udp()?;
+        ensure!(report.lost == 0, "{} of {} packets lost: {report:?}", report.lost, report.sent);
+        // Said while nobody in us-east could hear it.
+        lab.unexport("eu-west", "production", "api-service")?;
+        lab.cont("api-us-east", "kube-apiserver")?;
+        let caught = wait_until("what came meanwhile to be caught up", SOON, || {
+            let left = lab.kubectl("us-east", &["get", "serviceimports", "-A", "-o", "name"], "")?;
+            ensure!(left.trim().is_empty(), "{left}");
+            Ok(())
+        })?;
+        ensure!(caught < Duration::from_secs(5) || !strict(), "caught up after {caught:?}");
+        Ok(())
+    });
 }
