@@ -32,8 +32,13 @@ pub enum Way {
     Plain,
 }
 
-const WAYS: [(Way, &str); 4] =
-    [(Way::Ours, "ours"), (Way::WireguardGo, "wireguard-go"), (Way::Vxlan, "vxlan"), (Way::Plain, "plain")];
+const WAYS: [(Way, &str); 5] = [
+    (Way::Ours, "ours"),
+    (Way::Crowded, "ours-1000-peers"),
+    (Way::WireguardGo, "wireguard-go"),
+    (Way::Vxlan, "vxlan"),
+    (Way::Plain, "plain"),
+];
 
 impl Way {
     /// All.
@@ -149,7 +154,8 @@ impl Stand {
         for end in 0..2 {
             let mut command = self.command(end, program);
             command.args(["-f", &name(end)]).env("LOG_LEVEL", "error").env("TOMBOLO_LOG", "warn");
-            command.stdin(Stdio::null()).stdout(Stdio::null());
+            // wireguard-go has much to say to people.
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
             self.devices.push(command.spawn()?);
         }
         let mut keys = Vec::new();
@@ -306,4 +312,24 @@ fn wait(mut look: impl FnMut() -> Result<Option<()>>) -> Result<()> {
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_way_has_a_name_that_is_read_back() {
+        for way in [Way::Ours, Way::Crowded, Way::WireguardGo, Way::Vxlan, Way::Plain] {
+            assert_eq!(way.to_string().parse(), Ok(way));
+        }
+        assert!("".parse::<Way>().is_err());
+    }
+
+    #[test]
+    fn a_key_is_the_same_in_both_spellings() {
+        let key = decode("AQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA=").unwrap_or_default();
+        assert_eq!(key, (1..=32).collect::<Vec<u8>>());
+        assert!(decode("AQID").is_err() && decode("nonsense!").is_err());
+    }
 }
