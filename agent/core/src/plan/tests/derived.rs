@@ -32,7 +32,7 @@ fn made(world: &ClusterWorld, desired: &ClusterDesired) -> ClusterWorld {
         let mut service = service.clone();
         for family in service.families.clone() {
             if !service.ips.iter().any(|ip| Family::of(*ip) == family) {
-                let hash = u8::try_from(key.to_string().len()).unwrap();
+                let hash = key.to_string().bytes().fold(0_u8, |sum, b| sum.wrapping_mul(31).wrapping_add(b));
                 service.ips.push(match family {
                     Family::V4 => [10, 96, 0, hash].into(),
                     Family::V6 => ip(&format!("fd00:96::{hash:x}")),
