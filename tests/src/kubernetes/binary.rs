@@ -12,7 +12,7 @@ struct Module {
     programs: &'static [&'static str],
 }
 
-const MODULES: [Module; 5] = [
+const MODULES: [Module; 6] = [
     Module {
         name: "etcd",
         path: "go.etcd.io/etcd/server/v3",
@@ -36,6 +36,12 @@ const MODULES: [Module; 5] = [
         path: "sigs.k8s.io/kwok",
         go_mod: include_str!("../../kube/kwok/go.mod"),
         programs: &["kwok"],
+    },
+    Module {
+        name: "kubelet",
+        path: "k8s.io/kubelet",
+        go_mod: include_str!("../../kube/kubelet/go.mod"),
+        programs: &["kubelet"],
     },
     Module {
         name: "conformance",

@@ -101,17 +101,21 @@ impl Lab {
             format!("--manage-single-node={}", node.name),
             format!("--node-ip={}", node.v4),
             format!("--node-port={KUBELET}"),
-            format!("--server-address=0.0.0.0:{KUBELET}"),
+            "--server-address=127.0.0.1:10247".to_owned(),
+        ];
+        self.start(&place, "kwok", &line)?;
+        let line = vec![
+            find("kubelet")?,
+            format!("--address=0.0.0.0:{KUBELET}"),
             format!("--tls-cert-file={STATE_DIR}/kubelet.crt"),
             format!("--tls-private-key-file={STATE_DIR}/kubelet.key"),
         ];
-        self.start(&place, "kwok", &program::with(&[&format!("PATH={STATE_DIR}/bin:{path}")], line))?;
+        self.start(&place, "kubelet", &program::with(&[&format!("PATH={STATE_DIR}/bin:{path}")], line))?;
         self.start(&place, "hello", &program::lab(&["hello"])?)
     }
 }
 
-/// What kwok does with pods: running and ready at once, gone as soon as somebody deletes them. Programs may be run in
-/// any of them.
+/// What kwok does with pods: running and ready at once, gone as soon as somebody deletes them.
 const STAGES: &str = r#"apiVersion: kwok.x-k8s.io/v1alpha1
 kind: Stage
 metadata:
@@ -166,12 +170,4 @@ spec:
       - { key: .metadata.deletionTimestamp, operator: Exists }
   next:
     delete: true
----
-apiVersion: kwok.x-k8s.io/v1alpha1
-kind: ClusterExec
-metadata:
-  name: here
-spec:
-  execs:
-    - local: {}
 "#;
