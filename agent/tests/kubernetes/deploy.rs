@@ -1,6 +1,7 @@
 //! The manifests of deploy/: right by the API server's own judgement, and no right more than listed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 use std::path::Path;
 
 use kube::core::CustomResourceExt as _;
@@ -158,15 +159,20 @@ async fn manifests_are_clean_and_grant_what_is_needed_and_nothing_else() {
         prefixes: BTreeSet::new(),
         unreached: BTreeSet::new(),
     };
-    // The policy counts a moment after it was applied.
+    // The policy counts a moment after it was applied. Another value each time: one that is there is not written.
     let foreign = async {
-        loop {
+        for number in 1..u32::MAX {
+            let value = TunnelNode {
+                candidates: vec![Ipv4Addr::from(0xc000_0200 + number % 256).into()],
+                ..value.clone()
+            };
             match api.write_tunnel_node(&node("n2"), &value).await {
                 Err(Error::Refused { cause, .. }) => return cause,
                 other => assert!(other.is_ok(), "{other:?}"),
             }
             server.kubectl(&["delete", "tunnelnode", "n2", "--ignore-not-found"]).unwrap();
         }
+        unreachable!()
     };
     let cause = tokio::time::timeout(crate::server::PATIENCE, foreign).await.expect("another's is refused");
     assert!(cause.contains("only the TunnelNode of its own node") && cause.contains("n1"), "{cause}");
