@@ -115,21 +115,21 @@ impl Lab {
     /// Which is not, why, and its last words.
     pub fn wait_ready(&self) -> Result<()> {
         for broker in &self.topology().brokers {
-            self.ready(&broker.name, "broker", program::BROKER_ADMIN, "readyz")?;
+            self.ready(&broker.name, "broker", program::BROKER_ADMIN)?;
         }
         for cluster in &self.topology().clusters {
             for pod in cluster.kubernetes().into_iter().flat_map(|control| &control.controllers) {
-                self.ready(&pod.name, "controller", program::AGENT_ADMIN, "healthz")?;
+                self.ready(&pod.name, "controller", program::AGENT_ADMIN)?;
             }
         }
         for node in self.topology().nodes() {
-            self.ready(&node.name, "agent", program::AGENT_ADMIN, "readyz")?;
+            self.ready(&node.name, "agent", program::AGENT_ADMIN)?;
         }
         Ok(())
     }
 
-    fn ready(&self, place: &str, name: &str, admin: &str, what: &str) -> Result<()> {
-        let url = format!("http://{admin}/{what}?verbose");
+    fn ready(&self, place: &str, name: &str, admin: &str) -> Result<()> {
+        let url = format!("http://{admin}/readyz?verbose");
         let look = || {
             self.pid(place, name)?;
             let answer = self.fetch(place, &url, &["--timeout", "2"])?;

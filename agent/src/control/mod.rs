@@ -107,6 +107,10 @@ pub async fn run(
     }
     if config.role.contains(&Role::Controller) {
         let (me, shown, stop) = (name.to_string(), shown.clone(), stop.clone());
+        if !config.role.contains(&Role::Node) {
+            // Whether it leads or waits is no matter of readiness; a node's is that of its loop.
+            shown.check("controller", None);
+        }
         tasks.spawn(async move { lead::run(api, me, shown, stop).await.context("the controller's loop") });
     }
     info!(node = %name, "started");
