@@ -215,6 +215,31 @@ impl Network {
     }
 }
 
+/// Member 1 goes on under a newer grant while broker 1 still passes on what it said under the older one.
+#[test]
+fn what_comes_late_under_an_older_grant_is_no_lie() {
+    let run = |to_broker, to_member| Op::Run { member: 1, broker: 1, to_broker, to_member };
+    let set = || Op::Set { member: 0, scope: 0, key: 0, value: 0 };
+    let mut network = Network::new();
+    for op in [
+        Op::Connect { member: 1, broker: 1 },
+        set(),
+        Op::Remove { member: 0, scope: 0, key: 0 },
+        Op::Connect { member: 0, broker: 0 },
+        run(1, 0),
+        Op::Renew { member: 1 },
+        run(0, 2),
+        run(3, 1),
+        set(),
+        set(),
+        Op::RestartMember { member: 1 },
+    ] {
+        network.apply(op);
+    }
+    network.rest();
+    network.check();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { max_shrink_iters: 2_000, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]

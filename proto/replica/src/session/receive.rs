@@ -73,6 +73,11 @@ impl Session {
                 let what = "the statement is another cluster's".to_owned();
                 return Err(SessionError::Content { origin: update.origin, what });
             }
+            // Said under a membership that was given up here when newer words came: late, and no lie.
+            Err(refusal) if is_outrun(replica, &update.origin, &refusal) => {
+                self.untended.insert(update.origin);
+                return Ok(());
+            }
             Err(refusal) => {
                 if let Some(talk) = self.talks.get_mut(&update.origin) {
                     talk.stage = None;
@@ -274,4 +279,11 @@ impl Session {
             talk.stage = Some(Stage::new(fill));
         }
     }
+}
+
+/// Whether what was refused was said under an older membership than what is held.
+fn is_outrun(replica: &Replica, origin: &ClusterId, refusal: &Refusal) -> bool {
+    let Reason::NoMembership { serial } = refusal.reason else { return false };
+    refusal.object == Object::Statement(origin.clone())
+        && replica.origin(origin).is_some_and(|held| held.position().serial > serial)
 }
