@@ -78,7 +78,8 @@ pub struct Node {
     pub health: watch::Receiver<Health>,
     /// What other clusters say that they have said, and that did not come here for long.
     pub withheld: watch::Receiver<BTreeMap<ClusterId, Position>>,
-    /// Where nodes of other clusters see this one.
+    /// Where nodes of other clusters see this one. Looked at in passes that others cause: whoever says another address
+    /// with every hello shall cause none.
     pub seen: watch::Receiver<BTreeMap<ClusterId, BTreeSet<IpAddr>>>,
     /// To the admin pages.
     pub shown: Arc<Shown>,
@@ -244,7 +245,6 @@ impl Node {
                 // At the end it may stop first.
                 result = self.health.changed() => if !stop.is_cancelled() { result.context("liveness ended")? },
                 result = self.withheld.changed() => if !stop.is_cancelled() { result.context("hellos ended")? },
-                result = self.seen.changed() => if !stop.is_cancelled() { result.context("hellos ended")? },
                 () = self.monitor.changed() => debug!("the kernel's state changed"),
                 () = tokio::time::sleep(wait) => {}
             }
