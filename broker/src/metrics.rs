@@ -35,6 +35,7 @@ pub(crate) struct Metrics {
     pub(crate) messages: Family<DirectionLabel, Counter>,
     pub(crate) message_bytes: Family<DirectionLabel, Counter>,
     pub(crate) refusals: Counter,
+    pub(crate) brakes: Counter,
     pub(crate) requests: Family<RpcLabel, Counter>,
     pub(crate) store_writes: Family<ResultLabel, Counter>,
     pub(crate) store_healthy: Gauge,
@@ -58,6 +59,7 @@ impl Metrics {
         r.register("messages", "Session messages", self.messages.clone());
         r.register_with_unit("messages", "Session messages", Unit::Bytes, self.message_bytes.clone());
         r.register("refusals", "Documents and statements not taken", self.refusals.clone());
+        r.register("brakes", "Messages that waited since their member had said much", self.brakes.clone());
         r.register("requests", "Offer and Fetch", self.requests.clone());
         r.register("store_writes", "Transactions of the store", self.store_writes.clone());
         r.register("store_healthy", "1 if the last write to the store went well", self.store_healthy.clone());

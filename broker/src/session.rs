@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use prost::Message as _;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tombolo_broker_core::{Admission, Admitted};
 use tombolo_proto::pb;
 use tombolo_proto::wire::{self, Message};
@@ -27,7 +28,8 @@ type Outbound = mpsc::Sender<Result<pb::Message, Status>>;
 
 /// Runs a session to its end, and tells the peer why it ended.
 pub(crate) async fn run(shared: Arc<Shared>, peer: Peer, inbound: Streaming<pb::Message>, out: Outbound) {
-    let mut runner = Runner { shared: shared.clone(), peer, inbound, out, name: "?".to_owned() };
+    let mut runner =
+        Runner { shared: shared.clone(), peer, inbound, out, name: "?".to_owned(), told_braked: false };
     let end = runner.session().await;
     let result = match &end {
         End::Closed => "closed",
@@ -76,6 +78,7 @@ struct Runner {
     out: Outbound,
     /// For the log.
     name: String,
+    told_braked: bool,
 }
 
 impl Runner {
@@ -143,14 +146,25 @@ impl Runner {
         let mut version = shared.version.subscribe();
         let mut next = Some(first);
         let mut ready = true;
+        // Until then the peer is not read: what it wants to say waits with it.
+        let mut braked: Option<Instant> = None;
         loop {
             if let Some(message) = next.take() {
-                let result = {
+                // What others say and this one passes on is theirs.
+                let statement = matches!((&message, admitted),
+                    (Message::Update(update), Admitted::Member(cluster)) if update.origin == *cluster);
+                let (result, used) = {
                     let mut replica = shared.replica();
+                    let begun = Instant::now();
                     let result = session.handle_message(&mut replica, message);
                     shared.announce(&replica);
-                    result
+                    (result, begun.elapsed())
                 };
+                if let Admitted::Member(cluster) = admitted {
+                    let wait = shared.charge(cluster, statement, used);
+                    braked = (!wait.is_zero()).then(|| Instant::now() + wait);
+                    self.tell_braked(wait);
+                }
                 for refusal in session.take_refusals() {
                     shared.metrics.refusals.inc();
                     warn!(peer = %self.name, "{refusal}");
@@ -180,7 +194,9 @@ impl Runner {
                         None => ready = false,
                     }
                 }
-                message = receive(&mut self.inbound, &shared) => match message {
+                () = tokio::time::sleep_until(braked.unwrap_or_else(Instant::now)), if braked.is_some() => braked = None,
+                () = self.out.closed(), if braked.is_some() => return End::Closed,
+                message = receive(&mut self.inbound, &shared), if braked.is_none() => match message {
                     Ok(message) => next = Some(message),
                     Err(end) => return end,
                 },
@@ -196,6 +212,20 @@ impl Runner {
                     ready = true;
                 }
             }
+        }
+    }
+
+    /// Counts that a member has to wait; once in a session it stands in the log.
+    fn tell_braked(&mut self, wait: Duration) {
+        if wait.is_zero() {
+            return;
+        }
+        self.shared.metrics.brakes.inc();
+        if !std::mem::replace(&mut self.told_braked, true) {
+            warn!(
+                peer = %self.name,
+                "says more than others can follow: it is heard more slowly until it says less"
+            );
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tombolo_broker_core::{Admission, Admitted, Limiter};
+use tombolo_broker_core::{Admission, Admitted, Limiter, Pace};
 use tombolo_proto::model::ClusterId;
 use tombolo_proto::wire::Message;
 use tombolo_replica::Replica;
@@ -35,6 +35,8 @@ pub(crate) struct Shared {
     pub(crate) limiter: Mutex<Limiter>,
     pub(crate) sessions: Mutex<BTreeMap<ClusterId, usize>>,
     pub(crate) addresses: Mutex<BTreeMap<IpAddr, usize>>,
+    /// Of members that said something lately.
+    paces: Mutex<BTreeMap<ClusterId, Pace>>,
     pub(crate) metrics: Metrics,
     pub(crate) hooks: Hooks,
     pub(crate) stop: CancellationToken,
@@ -63,6 +65,7 @@ impl Shared {
             limiter: Mutex::new(Limiter::new(20, Duration::from_millis(500), 4096)),
             sessions: Mutex::default(),
             addresses: Mutex::default(),
+            paces: Mutex::default(),
             metrics: Metrics::default(),
             hooks,
             stop: CancellationToken::new(),
@@ -78,6 +81,18 @@ impl Shared {
     pub(crate) fn announce(&self, replica: &Replica) {
         let now = replica.version();
         self.version.send_if_modified(|version| std::mem::replace(version, now) != now);
+    }
+
+    /// Charges a member for a message that was worked on for so long; how long its next one has to wait.
+    pub(crate) fn charge(&self, cluster: &ClusterId, statement: bool, used: Duration) -> Duration {
+        let now = self.now();
+        let mut paces = lock(&self.paces);
+        if !paces.contains_key(cluster) {
+            paces.retain(|_, pace| !pace.is_paid(now));
+        }
+        let pace = paces.entry(cluster.clone()).or_default();
+        pace.charge(now, statement, used);
+        pace.due().saturating_sub(now)
     }
 
     /// A clock that does not go back.

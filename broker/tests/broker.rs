@@ -99,6 +99,47 @@ async fn a_killed_broker_comes_back_with_and_without_its_disk() {
     assert_eq!(status.code(), Some(0));
 }
 
+/// Counts the newest positions of a member that another one sees.
+async fn seen_of(other: &Member, of: &Member, time: Duration) -> usize {
+    let (id, end) = (of.id(), Instant::now() + time);
+    let mut changed = other.version.subscribe();
+    let mut seen = std::collections::BTreeSet::new();
+    while tokio::time::timeout_at(end.into(), changed.changed()).await.is_ok() {
+        seen.extend(other.replica.lock().unwrap().origin(&id).map(|state| state.position().sequence));
+    }
+    seen.len()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_says_much_waits_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let broker = broker(directory.path(), Hooks::default()).await;
+    let (mut east, mut west, mut north) =
+        (Member::new("east", 1), Member::new("west", 2), Member::new("north", 3));
+    for member in [&mut east, &mut west, &mut north] {
+        member.join(broker.address());
+    }
+    until("all know each other", || north.holds(&east) && north.holds(&west)).await;
+    let flood = tokio::spawn(async move {
+        for n in 0..1500_u16 {
+            east.publish("flood", namespace("production"), &n.to_be_bytes());
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        east
+    });
+    let other = Member::new("east", 1);
+    let seen = seen_of(&north, &other, Duration::from_secs(2)).await;
+    assert!((50..=200).contains(&seen), "a burst and then 20 a second: {seen}");
+    let start = Instant::now();
+    west.publish("small", namespace("production"), b"x");
+    until("a small change arrives", || north.holds(&west)).await;
+    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+    let metrics = get(broker.admin_address().unwrap(), "/metrics").await.unwrap();
+    let brakes = metrics.lines().find_map(|line| line.strip_prefix("tombolo_broker_brakes_total "));
+    assert!(brakes.is_some_and(|count| count != "0"), "{metrics}");
+    flood.abort();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revoked_cluster_is_out_at_once() {
     let directory = tempfile::tempdir().unwrap();

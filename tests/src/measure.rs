@@ -13,6 +13,8 @@ use crate::topology::NAMESERVER;
 
 /// How long one round may take.
 const LIMIT: Duration = Duration::from_secs(20);
+/// Between two changes: brokers hear who says much more slowly, which is not what is measured.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Times in milliseconds.
 #[derive(Debug, Clone, Serialize)]
@@ -99,8 +101,10 @@ pub fn propagation(lab: &Lab, rounds: u32) -> Result<Propagation> {
     seen(false)?;
     let (mut export, mut unexport) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
+        std::thread::sleep(PAUSE);
         lab.export("eu-west", "production", "api-service")?;
         export.push(seen(true)?);
+        std::thread::sleep(PAUSE);
         lab.unexport("eu-west", "production", "api-service")?;
         unexport.push(seen(false)?);
     }

@@ -1,8 +1,8 @@
-//! How often something may be said: a token bucket, so that nobody outside can fill a log.
+//! How often something may be said: a token bucket.
 
 use std::time::Duration;
 
-/// Lets through a few at once and then a few a minute. Counts what it holds back.
+/// Lets through a few at once and then one at a time. Counts what it holds back.
 #[derive(Debug, Clone)]
 pub struct Bucket {
     size: u32,
@@ -17,8 +17,18 @@ impl Bucket {
     /// Full: `size` at once, `size` a minute.
     pub fn a_minute(size: u32) -> Self {
         let size = size.max(1);
-        let every = Duration::from_secs(60) / size;
+        Self::new(size, Duration::from_secs(60) / size)
+    }
+
+    /// Full: `size` at once, then one `every`.
+    pub fn new(size: u32, every: Duration) -> Self {
+        let size = size.max(1);
         Self { size, every, tokens: size, filled: Duration::ZERO, held_back: 0 }
+    }
+
+    /// How long after `now` there is one again; zero if there is.
+    pub fn wait(&self, now: Duration) -> Duration {
+        if self.tokens > 0 { Duration::ZERO } else { (self.filled + self.every).saturating_sub(now) }
     }
 
     /// Asks for one more at `now` (time since the process started). Some(how many were held back since the last that
@@ -69,5 +79,22 @@ mod tests {
         let later = Duration::from_secs(100_000);
         let said: Vec<_> = (0..10).map(|_| bucket.take(later)).collect();
         assert_eq!(said[..4], [Some(2), Some(0), Some(0), None]);
+    }
+
+    #[test]
+    fn who_waits_as_told_gets_one() {
+        let mut bucket = Bucket::new(2, Duration::from_millis(100));
+        let mut now = Duration::from_millis(5);
+        for _ in 0..2 {
+            assert_eq!(bucket.wait(now), Duration::ZERO);
+            assert!(bucket.take(now).is_some());
+        }
+        for _ in 0..5 {
+            let wait = bucket.wait(now);
+            assert!(!wait.is_zero() && wait <= Duration::from_millis(100), "{wait:?}");
+            assert!(bucket.take(now).is_none());
+            now += wait;
+            assert!(bucket.take(now).is_some());
+        }
     }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, anyhow, bail};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tombolo_agent_core::bucket::Bucket;
 use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::known::{Known, Objects};
 use tombolo_agent_core::plan::piece::{self, OwnPlan};
@@ -39,6 +40,10 @@ const DEBOUNCE: Duration = Duration::from_millis(5);
 const BRAKE: Duration = Duration::from_millis(500);
 /// A slow resync heals what no event told.
 const RESYNC: Duration = Duration::from_secs(30);
+/// So many statements are made at once, and then one so often: half of what brokers take of a member (their `Pace`), so
+/// that nothing ever queues before one. What changes meanwhile is said together.
+const STATEMENTS: u32 = 50;
+const STATEMENT: Duration = Duration::from_millis(100);
 /// After a pass that failed in part.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -71,6 +76,10 @@ struct Controller {
     last: Option<Position>,
     /// Something is planned that is not stated yet.
     unsaid: bool,
+    /// How often statements are made.
+    bucket: Bucket,
+    /// In this pass there was something to say that has to wait so long.
+    held: Option<Duration>,
     /// Own ranges as last known.
     ours: Option<BTreeSet<Prefix>>,
     /// What was said last, hashed, so that only what changed is hashed anew. There between passes.
@@ -145,6 +154,8 @@ pub async fn lead(
         start: Instant::now(),
         last: None,
         unsaid: true,
+        bucket: Bucket::new(STATEMENTS, STATEMENT),
+        held: None,
         ours: None,
         local: Some(local),
         planned: None,
@@ -230,6 +241,7 @@ impl Controller {
         else {
             return Ok(Next::Look(RESYNC));
         };
+        self.held = None;
         self.keeper.hear(clusterset, members);
         if let Some(namespaces) = observed.namespaces.get() {
             let interest = Interest::Namespaces(namespaces.clone());
@@ -264,7 +276,7 @@ impl Controller {
         if clusterset.leaving {
             self.leave(turn, &view, observed, findings, &mut writes).await?;
             writes.outcome()?;
-            return Ok(Next::Look(RESYNC));
+            return Ok(Next::Look(self.held.unwrap_or(RESYNC)));
         }
         let own = self.own(&view, observed, clusterset, frame.clone()).await?;
         // Before anything is written: what is said must not wait for disks.
@@ -291,7 +303,7 @@ impl Controller {
         }
         said?;
         writes.outcome()?;
-        Ok(Next::Look(RESYNC))
+        Ok(Next::Look(self.held.unwrap_or(RESYNC)))
     }
 
     /// Lets the hands know what the services hang on.
@@ -421,6 +433,12 @@ impl Controller {
             return Ok(());
         }
         let Some(local) = self.local.as_ref().filter(|_| self.fence.holds()) else { return Ok(()) };
+        let now = self.start.elapsed();
+        if self.bucket.take(now).is_none() {
+            self.unsaid = true;
+            self.held = Some(self.bucket.wait(now));
+            return Ok(());
+        }
         let statement = local.sign(&self.key, position);
         // Never signed twice, whatever becomes of it.
         self.last = Some(position);
