@@ -19,6 +19,7 @@ pub mod outside;
 pub mod plan;
 pub mod shelf;
 pub mod speak;
+pub mod standing;
 pub mod steady;
 pub mod world;
 pub mod zone;

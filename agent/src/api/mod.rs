@@ -21,6 +21,7 @@ use tombolo_agent_core::lease::Timing;
 use tombolo_agent_core::object::{
     DerivedService, ExportStatus, Import, ServiceKey, Slice, SliceKey, TunnelNode,
 };
+use tombolo_agent_core::standing::Standing;
 use tombolo_proto::model::{ClusterId, NodeName, Record, RecordKey};
 use tombolo_proto::trust::SigningKey;
 
@@ -86,6 +87,17 @@ pub trait ClusterApi: Send + Sync {
         member: &Member,
         nodes: &BTreeMap<RecordKey, Record>,
     ) -> Result<Applied, Error>;
+
+    /// Says on a cluster's Member how it stands. `now`: unix seconds. Only the leader calls it. A directory says it by
+    /// `tombolo status` alone.
+    async fn write_standing(
+        &self,
+        _cluster: &ClusterId,
+        _standing: &Standing,
+        _now: u64,
+    ) -> Result<Applied, Error> {
+        Ok(Applied::default())
+    }
 
     /// Forgets a cluster. Only the leader calls it.
     async fn delete_member(&self, cluster: &ClusterId) -> Result<Applied, Error>;

@@ -33,6 +33,7 @@ use crate::tell::Part;
 mod desk;
 mod hands;
 pub(super) mod queue;
+mod standing;
 
 /// Changes that come together are planned together.
 const DEBOUNCE: Duration = Duration::from_millis(5);

@@ -13,6 +13,7 @@ use tombolo_agent_core::known::{Known, Objects};
 use tombolo_agent_core::object::{
     Condition, DerivedService, ExportStatus, Import, ServiceKey, Slice, SliceKey, TunnelNode,
 };
+use tombolo_agent_core::standing::Standing;
 use tombolo_agent_core::world::{Reach, Topology};
 use tombolo_proto::model::{
     Backend, Device, DeviceNumber, Family, NodeName, Port, Protocol, Record, RecordKey, ServiceType,
@@ -138,6 +139,7 @@ async fn what_people_write_is_observed_and_what_is_written_is_kept_so() {
     imports(&client, &api, &mut observed).await;
     adoption(&client, &api, &mut observed).await;
     statuses(&client, &api, &mut observed).await;
+    events(&server, &api, &mut observed).await;
     own_kinds(&api, &mut observed).await;
     properties(&client, &api).await;
     lead(&api).await;
@@ -426,6 +428,42 @@ async fn statuses(
     // Of an export that is gone nothing is written.
     let gone = BTreeMap::from([(key("shop/nobody"), ExportStatus::default())]);
     assert!(api.apply_statuses(&gone, 0).await.unwrap().is_nothing());
+}
+
+/// What changed is told beside the object, and a Member says how its cluster stands.
+async fn events(server: &Server, api: &Kubernetes, observed: &mut watch::Receiver<std::sync::Arc<Observed>>) {
+    let torn =
+        Condition { status: true, reason: "PortConflict".to_owned(), message: "ports differ".to_owned() };
+    let conditions = [("Conflict".to_owned(), torn)].into();
+    let status = BTreeMap::from([(key("shop/web"), ExportStatus { conditions })]);
+    for _ in 0..2 {
+        api.apply_statuses(&status, 1_800_000_000).await.unwrap();
+    }
+    let told = server.kubectl(&["describe", "serviceexport", "web", "-n", "shop"]).unwrap();
+    let lines: Vec<&str> = told.lines().skip_while(|line| !line.starts_with("Events:")).collect();
+    let count = |word: &str| lines.iter().filter(|line| line.contains(word)).count();
+    assert_eq!((count("Warning"), count("PortConflict"), count("ports differ")), (1, 1, 1), "{told}");
+    assert!(lines.iter().any(|line| line.contains("Normal") && line.contains("Valid")), "{told}");
+
+    let us = cluster("us");
+    api.write_member(&us, &member(2), &BTreeMap::new()).await.unwrap();
+    until(observed, "the member", |now| now.members.get().is_some_and(|all| all.contains_key(&us))).await;
+    let standing =
+        |reached, reason| Standing { reached: Some(reached), reason, message: format!("{reason}.") };
+    for (standing, written) in
+        [(standing(false, "Unreached"), 1), (standing(false, "Unreached"), 0), (standing(true, "Reached"), 1)]
+    {
+        assert_eq!(api.write_standing(&us, &standing, 1_800_000_000).await.unwrap().written, written);
+    }
+    let told = server.kubectl(&["describe", "member", "us"]).unwrap();
+    let shown =
+        |kind: &str, reason: &str| told.lines().any(|line| line.contains(kind) && line.contains(reason));
+    assert!(shown("Warning", "Unreached") && shown("Normal", "Reached"), "{told}");
+    let table = server.kubectl(&["get", "members"]).unwrap();
+    let words: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(words[0][..4], ["NAME", "REACHED", "REASON", "PODS"], "{table}");
+    assert_eq!(words[1][..3], ["us", "True", "Reached"], "{table}");
+    api.delete_member(&us).await.unwrap();
 }
 
 fn member(serial: u64) -> Member {

@@ -4,13 +4,15 @@
 
 use std::collections::BTreeMap;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
+use tombolo_agent_core::standing::Standing;
 use tombolo_proto::model::{ClusterId, Record, RecordKey};
 use tombolo_proto::trust::{Digest, Envelope, Grant, Membership};
 use tombolo_proto::wire::{self, MembershipParts};
 
-use super::{Kind, ObjectId, Problem, bad, envelope_text, own_meta, read_envelope};
+use super::{Kind, ObjectId, Problem, bad, envelope_text, own_meta, read_envelope, time};
 use crate::api::observed::Member;
 
 /// `spec` of a Member; its name is the cluster's id.
@@ -23,7 +25,18 @@ use crate::api::observed::Member;
     plural = "members",
     shortname = "tmember",
     category = "tombolo",
+    status = "MemberStatus",
     validation = Rule::new("size(self.metadata.name) <= 63").message("a member bears its cluster's id"),
+    printcolumn(
+        name = "Reached",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Reached\")].status"
+    ),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Reached\")].reason"
+    ),
     printcolumn(name = "Pods", type_ = "string", json_path = ".spec.pods"),
     printcolumn(name = "Position", type_ = "string", json_path = ".spec.position"),
     printcolumn(name = "Tunnels", type_ = "string", json_path = ".spec.tunnels", priority = 1),
@@ -55,6 +68,14 @@ pub struct MemberSpec {
     /// Tunnel ranges of the grant, for people only.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tunnels: Vec<String>,
+}
+
+/// `status` of a Member, for people only.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+pub struct MemberStatus {
+    /// Reached: whether any ready node of this cluster reaches it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<meta::Condition>,
 }
 
 /// An older membership, still spoken under.
@@ -145,7 +166,32 @@ pub fn write(cluster: &ClusterId, member: &Member) -> Result<MemberResource, Pro
         pods: texts(|grant| grant.owned.iter().map(ToString::to_string).collect()),
         tunnels: texts(|grant| grant.tunnel.iter().map(ToString::to_string).collect()),
     };
-    Ok(MemberResource { metadata: own_meta(&id(cluster)?), spec })
+    Ok(MemberResource { metadata: own_meta(&id(cluster)?), spec, status: None })
+}
+
+/// The status to write. A condition whose status is what it was keeps its time; `now`: unix seconds.
+pub fn write_status(
+    standing: &Standing,
+    was: Option<&MemberStatus>,
+    generation: Option<i64>,
+    now: u64,
+) -> MemberStatus {
+    let status = match standing.reached {
+        Some(true) => "True",
+        Some(false) => "False",
+        None => "Unknown",
+    };
+    let known =
+        was.iter().flat_map(|was| &was.conditions).find(|c| c.type_ == "Reached" && c.status == status);
+    let condition = meta::Condition {
+        type_: "Reached".to_owned(),
+        status: status.to_owned(),
+        reason: standing.reason.to_owned(),
+        message: standing.message.clone(),
+        last_transition_time: known.map_or_else(|| time(now), |known| known.last_transition_time.clone()),
+        observed_generation: generation,
+    };
+    MemberStatus { conditions: vec![condition] }
 }
 
 /// A member. Nothing in it is verified here.

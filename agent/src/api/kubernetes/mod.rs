@@ -4,6 +4,7 @@
 //! server-side apply, at the version of the object that was told last, and write nothing that is there already.
 
 mod access;
+mod event;
 mod fence;
 mod object;
 mod property;
@@ -18,6 +19,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use futures::{StreamExt as _, stream};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::Client;
 use serde_json::{Value, json};
 use tokio::sync::watch::Receiver;
@@ -26,6 +28,7 @@ use tombolo_agent_core::lease::Timing;
 use tombolo_agent_core::object::{
     DerivedService, ExportStatus, Import, ServiceKey, Slice, SliceKey, TunnelNode,
 };
+use tombolo_agent_core::standing::Standing;
 use tombolo_proto::model::{ClusterId, NodeName, Record, RecordKey};
 use tombolo_proto::trust::SigningKey;
 
@@ -34,6 +37,7 @@ use super::kind::{
     typed,
 };
 use super::{Applied, ClusterApi, ClusterSet, Error, Lease, Member, Observed, Version, Versioned};
+use event::Events;
 use fence::Fence;
 use object::{Object, Source};
 use table::{Entry, Tables};
@@ -50,6 +54,7 @@ const WRITES: usize = 16;
 pub struct Kubernetes {
     writer: Writer,
     fence: Fence,
+    events: Events,
     watching: Watching,
 }
 
@@ -64,7 +69,8 @@ impl Kubernetes {
         let shared = Arc::new(Shared::new(Tables::new(scope.sources())));
         let watching = Watching::start(&client, &shared, scope);
         let fence = Fence::new(client.clone(), config);
-        Ok(Self { writer: Writer { client, shared }, fence, watching })
+        let events = Events::new(client.clone(), scope.node.to_string());
+        Ok(Self { writer: Writer { client, shared }, fence, events, watching })
     }
 
     /// Does one thing to many objects, some at a time, while it is known that this process leads. All are tried then; the
@@ -174,6 +180,8 @@ impl Kubernetes {
 
     async fn write_status(&self, key: ServiceKey, status: ExportStatus, now: u64) -> Result<bool, Error> {
         let id = own(ObjectId::of_service(Kind::ServiceExport, &key))?;
+        let mut before = Vec::new();
+        let mut after = Vec::new();
         let wanted = |there: Option<&Entry>| {
             let Some(Object::Export(_, _, known, was)) = object(there) else { return Ok(None) };
             // What is not judged now stays as it was.
@@ -182,9 +190,20 @@ impl Kubernetes {
             let generation = there.and_then(|entry| entry.generation);
             let mut value = multicluster::write_status(&whole, was.as_ref(), now);
             value.conditions.iter_mut().for_each(|condition| condition.observed_generation = generation);
+            before = was.as_ref().map(|was| was.conditions.clone()).unwrap_or_default();
+            after.clone_from(&value.conditions);
             Ok((was.as_ref() != Some(&value)).then(|| json!({ "metadata": {}, "status": value })))
         };
-        Ok(self.writer.apply(&id, Part::Status, wanted).await?.is_some())
+        let Some(entry) = self.writer.apply(&id, Part::Status, wanted).await? else { return Ok(false) };
+        self.tell(&id, &entry, &before, &after).await;
+        Ok(true)
+    }
+
+    /// Tells what changed on an object.
+    async fn tell(&self, id: &ObjectId, there: &Entry, before: &[Condition], after: &[Condition]) {
+        if let Some(resource) = self.writer.shared.served(Source::Kind(id.kind)) {
+            self.events.tell(id, &resource, there, before, after).await;
+        }
     }
 
     /// Writes an object of ours that no one else writes, if it is not so.
@@ -353,7 +372,7 @@ impl ClusterApi for Kubernetes {
         let id = own(member::id(cluster))?;
         let body = to_json(&own(member::write(cluster, member))?);
         let wanted = |there: Option<&Entry>| {
-            let Some(Object::Member(_, known)) = object(there) else { return Ok(Some(body.clone())) };
+            let Some(Object::Member(_, known, _)) = object(there) else { return Ok(Some(body.clone())) };
             if known.is_newer_than(member) {
                 // Joined anew, or its key rotated, since the caller looked.
                 return Err(Error::Conflict { object: id.to_string() });
@@ -364,6 +383,36 @@ impl ClusterApi for Kubernetes {
         let ids = gone.into_iter().map(|shard| own(member::nodes_id(cluster, shard)));
         let deleted = self.delete_all(ids.collect::<Result<_, _>>()?).await?.deleted;
         Ok(Applied { written, deleted })
+    }
+
+    async fn write_standing(
+        &self,
+        cluster: &ClusterId,
+        standing: &Standing,
+        now: u64,
+    ) -> Result<Applied, Error> {
+        let id = own(member::id(cluster))?;
+        let mut before = Vec::new();
+        let mut after = Vec::new();
+        let wanted = |there: Option<&Entry>| {
+            let Some(Object::Member(_, _, was)) = object(there) else { return Ok(None) };
+            let generation = there.and_then(|entry| entry.generation);
+            let value = member::write_status(standing, was.as_ref(), generation, now);
+            before = was.as_ref().map(|was| was.conditions.clone()).unwrap_or_default();
+            after.clone_from(&value.conditions);
+            // The generation grows with every word of the member: that alone is no news.
+            let same = |a: &Condition, b: &Condition| {
+                (&a.status, &a.reason, &a.message) == (&b.status, &b.reason, &b.message)
+            };
+            let is = before.len() == 1 && same(&before[0], &after[0]);
+            Ok((!is).then(|| json!({ "metadata": {}, "status": value })))
+        };
+        self.fence.check().await?;
+        let Some(entry) = self.writer.apply(&id, Part::Status, wanted).await? else {
+            return Ok(Applied::default());
+        };
+        self.tell(&id, &entry, &before, &after).await;
+        Ok(Applied { written: 1, deleted: 0 })
     }
 
     async fn delete_member(&self, cluster: &ClusterId) -> Result<Applied, Error> {

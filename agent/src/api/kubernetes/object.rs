@@ -12,6 +12,7 @@ use tombolo_agent_core::object::{
 };
 use tombolo_proto::model::{ClusterId, Namespace, NodeName, Prefix, Record};
 
+use crate::api::kind::member::MemberStatus;
 use crate::api::kind::multicluster::{ServiceExportStatus, ServiceImportStatus};
 use crate::api::kind::{
     Kind, Problem, bad, cluster_set, derived, identity, member, multicluster, node, service, slice,
@@ -160,7 +161,7 @@ pub(super) enum Object {
         status: Option<ServiceImportStatus>,
     },
     Slice(SliceKey, Slice),
-    Member(ClusterId, Member),
+    Member(ClusterId, Member, Option<MemberStatus>),
     MemberNodes(ClusterId, u32, Vec<Record>),
     TunnelNode(NodeName, TunnelNode),
     ClusterSet(ClusterSet),
@@ -231,8 +232,9 @@ pub(super) fn read(source: Source, value: &mut Value) -> Result<Object, Problem>
             Ok(Object::Import { key, value, ours, status: object.status })
         }
         Kind::Member => {
-            let (cluster, value) = member::read(&typed(value)?)?;
-            Ok(Object::Member(cluster, value))
+            let object: member::MemberResource = typed(value)?;
+            let (cluster, value) = member::read(&object)?;
+            Ok(Object::Member(cluster, value, object.status))
         }
         Kind::MemberNodes => {
             let (cluster, shard, records) = member::read_nodes(&typed(value)?)?;

@@ -40,6 +40,8 @@ pub(super) struct Entry {
     pub(super) version: String,
     /// `metadata.generation`
     pub(super) generation: Option<i64>,
+    /// `metadata.uid`, of kinds that Events are about.
+    pub(super) uid: Option<Box<str>>,
     /// What it is; what it was last, if it cannot be read now; None if it never could.
     pub(super) object: Option<Arc<Object>>,
     /// Why it cannot be read.
@@ -247,7 +249,7 @@ impl Tables {
         });
         observed.slices = yes(slices.map(Iterator::collect));
         let members = self.known(Kind::Member, |object| match object {
-            Object::Member(cluster, value) => Some((cluster.clone(), value.clone())),
+            Object::Member(cluster, value, _) => Some((cluster.clone(), value.clone())),
             _ => None,
         });
         observed.members = yes(members.map(Iterator::collect));
@@ -352,7 +354,7 @@ mod tests {
 
     fn entry(text: &str) -> Entry {
         let object = Some(Arc::new(Object::Namespace(text.parse().unwrap())));
-        Entry { version: "1".to_owned(), generation: None, object, problem: None }
+        Entry { version: "1".to_owned(), generation: None, uid: None, object, problem: None }
     }
 
     fn seen(tables: &Tables) -> Option<Vec<String>> {
@@ -396,6 +398,7 @@ mod tests {
         let broken = Entry {
             version: "2".to_owned(),
             generation: None,
+            uid: None,
             object: None,
             problem: Some(Problem::error("BadObject", "broken")),
         };

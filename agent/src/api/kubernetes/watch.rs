@@ -14,7 +14,7 @@ use tracing::{info, warn};
 
 use super::object::{self, Scope, Source};
 use super::table::{Entry, Name, Tables};
-use crate::api::kind::json;
+use crate::api::kind::{Kind, json};
 use crate::api::observed::Observed;
 
 /// Changes that come together are told together.
@@ -296,11 +296,13 @@ pub(super) fn parse(source: Source, mut object: DynamicObject) -> (Name, Entry) 
     let name = name(&object);
     let version = object.metadata.resource_version.clone().unwrap_or_default();
     let generation = object.metadata.generation;
+    let bears_events = matches!(source, Source::Kind(Kind::ServiceExport | Kind::Member));
+    let uid = object.metadata.uid.take().filter(|_| bears_events).map(String::into_boxed_str);
     let (object, problem) = match object::read(source, &mut json(&object)) {
         Ok(object) => (Some(Arc::new(object)), None),
         Err(problem) => (None, Some(problem)),
     };
-    (name, Entry { version, generation, object, problem })
+    (name, Entry { version, generation, uid, object, problem })
 }
 
 /// An error of the client, in one line and each part once.

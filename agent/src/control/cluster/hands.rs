@@ -13,6 +13,7 @@ use tombolo_proto::model::ClusterId;
 use tracing::{debug, warn};
 
 use super::desk::{Batch, Desk, Said};
+use super::standing::Teller;
 use super::{DEBOUNCE, RESYNC, RETRY};
 use crate::admin::Shown;
 use crate::api::{ClusterApi, Observed};
@@ -92,6 +93,7 @@ impl News {
 async fn members(hands: &Hands, stop: &CancellationToken) -> Result<()> {
     let mut keeper = Keeper::new(hands.api.clone(), hands.shared.clone(), hands.cluster.clone());
     let mut news = News::of(hands);
+    let mut teller = Teller::default();
     let start = Instant::now();
     loop {
         let (now, member) = news.take();
@@ -106,6 +108,9 @@ async fn members(hands: &Hands, stop: &CancellationToken) -> Result<()> {
             if let Some(due) = keeper.members(start.elapsed(), own, members, nodes, &mut writes).await {
                 wait = wait.min(due.saturating_sub(start.elapsed()));
             }
+            let api = &*hands.api;
+            let due = teller.tell(start.elapsed(), &hands.cluster, &now, api, &mut writes).await;
+            wait = due.map_or(wait, |due| wait.min(due.saturating_sub(start.elapsed())));
             wait = told(writes, wait);
         }
         if !news.wait(wait, stop).await? {
