@@ -307,8 +307,9 @@ pub fn any_export() -> impl Strategy<Value = Export> {
         Just(vec![Family::V4, Family::V6]),
         Just(vec![Family::V6, Family::V4]),
     ];
-    let annotations = btree_map("[a-z./-]{1,20}", "\\PC{0,30}", 0..3);
-    let labels = btree_map("[a-z./-]{1,20}", "[A-Za-z0-9._-]{0,20}", 0..3);
+    let name = "([a-z]{1,9}[.][a-z]{1,5}/)?[a-z][a-z._-]{0,9}[a-z]";
+    let annotations = btree_map(name, "\\PC{0,30}", 0..3);
+    let labels = btree_map(name, "([A-Za-z0-9]([A-Za-z0-9._-]{0,18}[A-Za-z0-9])?)?", 0..3);
     (
         (any_ports(), families, any::<bool>(), any::<bool>()),
         (option::of(1_u32..=86_400), option::of("[A-Za-z]{1,20}"), any::<u64>()),

@@ -82,7 +82,7 @@ pub struct ServiceExport {
     pub created: u64,
     /// Annotations `tombolo.dev/prefer`, `/priority` and `/weight`.
     pub preference: Preference,
-    /// What is wrong with these, if anything is: their defaults count instead.
+    /// What cannot be read of it, if anything: a preference has its default then, a label or annotation is left out.
     pub misread: Option<String>,
 }
 

@@ -12,6 +12,7 @@ pub use address::{AddressError, Family, Prefix, PrefixError, usable_address};
 pub use device::{Device, DeviceFamily, DeviceNumber, Endpoint, Lane, Rank, WireguardKey};
 pub use name::{
     ClusterId, Hostname, NameError, Namespace, NamespacePattern, NodeName, PortName, ServiceName, SetName,
+    is_label_name, is_label_value,
 };
 pub use position::Position;
 pub use preference::{Prefer, Preference, Priority, Share, Weight};

@@ -52,6 +52,30 @@ fn subdomain(text: &str) -> bool {
     text.split('.').all(label)
 }
 
+/// One part of the name of a label or annotation, or a label's value that is not empty: up to 63 letters, digits, `-`,
+/// `_` and `.`, a letter or digit at both ends.
+fn part(text: &str) -> bool {
+    let bytes = text.as_bytes();
+    let ends = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
+    bytes.len() <= 63
+        && ends(bytes.first())
+        && ends(bytes.last())
+        && bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(b))
+}
+
+/// Whether Kubernetes takes it as the name of a label or annotation, such as `example.org/team`.
+pub fn is_label_name(text: &str) -> bool {
+    match text.split_once('/') {
+        None => part(text),
+        Some((prefix, name)) => prefix.len() <= 253 && subdomain(prefix) && part(name),
+    }
+}
+
+/// Whether Kubernetes takes it as the value of a label.
+pub fn is_label_value(text: &str) -> bool {
+    text.is_empty() || part(text)
+}
+
 fn port_name(text: &str) -> bool {
     label(text)
 }
@@ -184,6 +208,24 @@ impl NamespacePattern {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn names_and_values_of_labels() {
+        for good in ["team", "example.org/team", "a-b_c.D", "a.b-c.example/0"] {
+            assert!(is_label_name(good), "{good}");
+        }
+        let long = "a".repeat(64);
+        for bad in ["", "/", "a/", "/a", "a/b/c", "-a", "a-", "A.b/c", "a_b/c", "ä", "a b", "a/../b", &long]
+        {
+            assert!(!is_label_name(bad), "{bad}");
+        }
+        for good in ["", "a", "A.b_c-1", &long[1..]] {
+            assert!(is_label_value(good), "{good}");
+        }
+        for bad in ["-a", "a.", "a/b", "a b", "a\n", &long] {
+            assert!(!is_label_value(bad), "{bad:?}");
+        }
+    }
 
     #[test]
     fn labels() {

@@ -10,7 +10,7 @@ use super::{
 use crate::model::{
     Backend, BackendGroup, Backends, Device, DeviceNumber, Endpoint, Export, Family, Hostname, NodeName,
     Port, PortName, Prefer, Preference, Priority, Protocol, Rank, ServiceType, Share, Weight, WireguardKey,
-    usable_address,
+    is_label_name, is_label_value, usable_address,
 };
 use crate::pb;
 
@@ -244,18 +244,13 @@ pub fn decode_export(bytes: &[u8]) -> Result<Export> {
             return Err(WireError::TooMany { field: "labels", count: map.len(), max: 64 });
         }
         for (key, value) in map {
-            if key.is_empty()
-                || key.len() > 317
-                || !key.bytes().all(|b| b.is_ascii_alphanumeric() || b"./-_".contains(&b))
-            {
+            if !is_label_name(key) {
                 return Err(bad("labels", "not a qualified name"));
             }
             text("labels", value, 4096)?;
         }
     }
-    let good_label =
-        |v: &String| v.len() <= 63 && v.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_".contains(&b));
-    if !value.labels.values().all(good_label) {
+    if !value.labels.values().all(|value| is_label_value(value)) {
         return Err(bad("labels", "not a label value"));
     }
     let ports = ports(&value.ports)?;

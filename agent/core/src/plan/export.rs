@@ -49,18 +49,19 @@ pub(crate) fn exports(
         let status = match outcome {
             Ok(stated) => {
                 let local = backends.get(key).map(Vec::as_slice).unwrap_or_default();
-                let own = own(world, &hosts, key, stated, local, findings);
+                let (own, mut but) = own(world, &hosts, key, stated, local, findings);
                 result.good.insert(key.clone(), own);
-                let misread = export.misread.as_ref();
-                if let Some(misread) = misread {
+                if let Some(misread) = &export.misread {
                     let text = format!("{misread}; correct it");
-                    findings.warning("PreferenceMisread", format!("serviceexport {key}"), text);
+                    findings.warning("ExportMisread", format!("serviceexport {key}"), text);
+                    but.push(misread.clone());
                 }
-                let ready = misread.map(|misread| format!("stated to the set, but {misread}"));
-                status(
-                    (true, "Valid", "the service can be exported"),
-                    (true, "Exported", ready.as_deref().unwrap_or("stated to the set")),
-                )
+                let ready = if but.is_empty() {
+                    "stated to the set".to_owned()
+                } else {
+                    format!("stated to the set, but {}", but.join("; "))
+                };
+                status((true, "Valid", "the service can be exported"), (true, "Exported", &ready))
             }
             Err(Refusal { valid, ready, message }) => {
                 status((valid == "Valid", valid, &message), (false, ready, &message))
@@ -197,6 +198,7 @@ impl<'a> Hosts<'a> {
     }
 }
 
+/// The service, and what of it could not be stated.
 fn own(
     world: &ClusterWorld,
     hosts: &Hosts<'_>,
@@ -204,7 +206,8 @@ fn own(
     export: Export,
     local: &[BackendGroup],
     findings: &mut Findings,
-) -> Own {
+) -> (Own, Vec<String>) {
+    let mut but = Vec::new();
     let mut outside: BTreeSet<IpAddr> = BTreeSet::new();
     let mut real: BTreeMap<IpAddr, IpAddr> = BTreeMap::new();
     let mut groups: LocalBackends = Vec::new();
@@ -233,20 +236,26 @@ fn own(
         }
         groups.push(BackendGroup { ports: ports.take(Export::MAX_PORTS).collect(), backends });
     }
+    let has_backends = local.iter().any(|group| !group.backends.is_empty());
+    if has_backends && !export.ports.is_empty() && groups.iter().all(|group| group.ports.is_empty()) {
+        but.push("no backend serves any of its ports: compare targetPort with the pods' ports".to_owned());
+    }
     if let Some(first) = outside.first() {
         let text = format!(
             "{} backends are outside of what this cluster was granted ({first} is one) and are not exported; \
              grant their range, or correct their EndpointSlices",
             outside.len()
         );
+        but.push(text.clone());
         findings.error("BackendOutsideGrant", format!("serviceexport {key}"), text);
     }
     let (shards, lost) = shard::shards(&groups);
     if lost > 0 {
         let text = format!("{lost} backends are too many and are not exported");
+        but.push(text.clone());
         findings.error("TooManyBackends", format!("serviceexport {key}"), text);
     }
-    Own { export, shards, hosts: real }
+    (Own { export, shards, hosts: real }, but)
 }
 
 fn status(valid: (bool, &str, &str), ready: (bool, &str, &str)) -> ExportStatus {

@@ -9,7 +9,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
 use tombolo_agent_core::object::{Condition, ExportStatus, Import, Preferences, ServiceExport, ServiceKey};
-use tombolo_proto::model::{ClusterId, Port, Prefer, Preference, Priority, ServiceType, Share, Weight};
+use tombolo_proto::model::{
+    ClusterId, Port, Prefer, Preference, Priority, ServiceType, Share, Weight, is_label_name, is_label_value,
+};
 
 use super::service::{family_text, port, read_families};
 use super::{
@@ -126,37 +128,60 @@ pub struct ClusterStatus {
 /// A user's ServiceExport. `created` is 0 where its creation is not known yet.
 pub fn read_export(object: &ServiceExportResource) -> Result<(ServiceKey, ServiceExport), Problem> {
     let key = super::service::key(object.metadata.namespace.as_deref(), object.metadata.name.as_deref())?;
-    let labels = object.spec.exported_labels.clone().unwrap_or_default();
-    let annotations = object.spec.exported_annotations.clone().unwrap_or_default();
-    for (field, map) in [("exportedLabels", &labels), ("exportedAnnotations", &annotations)] {
-        if map.len() > 64 {
-            return Err(bad(format!("spec.{field} has {} entries, at most 64 are allowed", map.len())));
-        }
-        for (name, value) in map {
-            let good = !name.is_empty()
-                && name.len() <= 317
-                && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"./-_".contains(&b));
-            if !good {
-                let name = super::shorten(name);
-                return Err(bad(format!(
-                    "spec.{field}: {name:?} is not a label name such as example.org/team"
-                )));
-            }
-            let label =
-                value.len() <= 63 && value.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_".contains(&b));
-            if field == "exportedLabels" && !label {
-                return Err(bad(format!(
-                    "spec.{field}.{name}: a label's value has at most 63 letters, digits, '-', '_' and '.'"
-                )));
-            }
-            if value.len() > 4096 || value.chars().any(char::is_control) {
-                return Err(bad(format!("spec.{field}.{name} is longer than 4096 bytes or not printable")));
-            }
+    let mut wrong = Vec::new();
+    let labels = read_exported("exportedLabels", object.spec.exported_labels.as_ref(), is_label, &mut wrong);
+    let annotations = object.spec.exported_annotations.as_ref();
+    let annotations = read_exported("exportedAnnotations", annotations, is_annotation, &mut wrong);
+    let created = object.metadata.creation_timestamp.as_ref().map_or(0, seconds);
+    let preference = read_preference(object.metadata.annotations.as_ref(), &mut wrong);
+    let left = wrong.len().saturating_sub(MAX_TOLD);
+    wrong.truncate(MAX_TOLD);
+    if left > 0 {
+        wrong.push(format!("and {left} more"));
+    }
+    let misread = (!wrong.is_empty()).then(|| wrong.join("; "));
+    Ok((key, ServiceExport { labels, annotations, created, preference, misread }))
+}
+
+/// Entries of `exportedLabels` and of `exportedAnnotations` that count.
+const MAX_EXPORTED: usize = 64;
+/// Mistakes of one ServiceExport that are told.
+const MAX_TOLD: usize = 5;
+
+/// What others may be given; of the rest it is told why not.
+fn read_exported(
+    field: &str,
+    map: Option<&BTreeMap<String, String>>,
+    good: fn(&str) -> Result<(), &'static str>,
+    wrong: &mut Vec<String>,
+) -> BTreeMap<String, String> {
+    let mut read = BTreeMap::new();
+    for (name, value) in map.into_iter().flatten() {
+        let shown = super::shorten(name);
+        if !is_label_name(name) {
+            wrong.push(format!("{field}: {shown:?} is not a name such as example.org/team, and is left out"));
+        } else if let Err(why) = good(value) {
+            wrong.push(format!("{field}: the value of {shown} {why}, and is left out"));
+        } else if read.len() == MAX_EXPORTED {
+            wrong.push(format!("{field}: {shown} is left out, {MAX_EXPORTED} entries are allowed"));
+        } else {
+            read.insert(name.clone(), value.clone());
         }
     }
-    let created = object.metadata.creation_timestamp.as_ref().map_or(0, seconds);
-    let (preference, misread) = read_preference(object.metadata.annotations.as_ref());
-    Ok((key, ServiceExport { labels, annotations, created, preference, misread }))
+    read
+}
+
+fn is_label(value: &str) -> Result<(), &'static str> {
+    if is_label_value(value) {
+        Ok(())
+    } else {
+        Err("is no label's value (up to 63 letters, digits, -, _ and .)")
+    }
+}
+
+fn is_annotation(value: &str) -> Result<(), &'static str> {
+    let good = value.len() <= 4096 && !value.chars().any(char::is_control);
+    if good { Ok(()) } else { Err("is longer than 4096 bytes or not printable") }
 }
 
 /// `local` or `any`.
@@ -169,9 +194,8 @@ const WEIGHT: &str = "tombolo.dev/weight";
 const SHARES: &str = "tombolo.dev/shares";
 
 /// What cannot be read has its default, and is told.
-fn read_preference(annotations: Option<&BTreeMap<String, String>>) -> (Preference, Option<String>) {
+fn read_preference(annotations: Option<&BTreeMap<String, String>>, wrong: &mut Vec<String>) -> Preference {
     let mut preference = Preference::default();
-    let mut wrong: Vec<String> = Vec::new();
     let mut read = |name: &str, expected: &str, take: &mut dyn FnMut(&str) -> Option<()>| {
         let Some(text) = annotations.and_then(|a| a.get(name)) else { return };
         if take(text.trim()).is_none() {
@@ -194,7 +218,7 @@ fn read_preference(annotations: Option<&BTreeMap<String, String>>) -> (Preferenc
         preference.share.weight = text.parse().ok().and_then(Weight::new)?;
         Some(())
     });
-    (preference, (!wrong.is_empty()).then(|| wrong.join("; ")))
+    preference
 }
 
 fn read_preferences(annotations: Option<&BTreeMap<String, String>>) -> Preferences {

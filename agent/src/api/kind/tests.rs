@@ -278,6 +278,28 @@ fn shards_stick() {
 }
 
 #[test]
+fn labels_that_nobody_takes_are_left_out_and_told() {
+    let annotations: BTreeMap<String, String> =
+        (0..70).map(|n| (format!("example.org/a{n:02}"), "x".to_owned())).collect();
+    let object = serde_json::json!({
+        "apiVersion": "multicluster.x-k8s.io/v1beta1", "kind": "ServiceExport",
+        "metadata": { "name": "web", "namespace": "shop" },
+        "spec": {
+            "exportedLabels": {
+                "team": "blue", "-bad": "x", "a/../b": "x", "worse": "-x", "empty": "", "line": "a\nb",
+            },
+            "exportedAnnotations": annotations,
+        },
+    });
+    let (_, export) = multicluster::read_export(&typed(&object).unwrap()).unwrap();
+    assert_eq!(export.labels.keys().collect::<Vec<_>>(), ["empty", "team"]);
+    assert_eq!(export.annotations.len(), 64);
+    let told = export.misread.unwrap();
+    assert!(told.contains("\"-bad\" is not a name") && told.contains("the value of worse"), "{told}");
+    assert!(told.ends_with("and 5 more") && told.len() < 1000, "{told}");
+}
+
+#[test]
 fn condition_times_stay_until_the_status_changes() {
     let status = |status| ExportStatus {
         conditions: [(

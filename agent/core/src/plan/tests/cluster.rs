@@ -345,6 +345,24 @@ fn backends_of_host_network_are_stated_by_tunnel_address_and_foreign_ones_not_at
 }
 
 #[test]
+fn what_is_not_stated_of_an_export_is_told_on_it() {
+    let ready = |groups: Vec<BackendGroup>| {
+        let mut world = world();
+        known(&mut world.backends).insert(service("a/web"), groups);
+        let (desired, _) = plan(&world);
+        assert_eq!(condition(&desired, "a/web", "Ready"), yes("Exported"));
+        let statuses = desired.statuses.get().unwrap();
+        statuses[&service("a/web")].conditions["Ready"].message.clone()
+    };
+    assert_eq!(ready(vec![group(&[(80, 8080)], &["10.1.1.5"])]), "stated to the set");
+    assert_eq!(ready(vec![]), "stated to the set");
+    let outside = ready(vec![group(&[(80, 8080)], &["10.1.1.5", "10.2.0.1"])]);
+    assert!(outside.contains("but 1 backends are outside") && outside.contains("10.2.0.1"), "{outside}");
+    let ports = ready(vec![group(&[(99, 8080)], &["10.1.1.5"])]);
+    assert!(ports.contains("no backend serves any of its ports"), "{ports}");
+}
+
+#[test]
 fn two_clusters_make_one_service() {
     let world = with_us(world(), "a/web", us_export(&[80, 81]), &["10.2.1.1", "10.1.1.5", "192.0.2.9"]);
     let world = with_us(world, "nowhere/web", us_export(&[80]), &["10.2.1.1"]);

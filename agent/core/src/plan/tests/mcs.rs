@@ -363,7 +363,7 @@ fn preferences_are_merged_and_a_misread_one_is_told() {
     assert!(import.preferences.local, "the oldest that states it, us, wins");
     assert_eq!(import.preferences.shares, BTreeMap::from([(id("us"), share)]));
     assert_eq!(condition(&desired, "a/web", "Conflict"), no("NoConflicts"), "shares may differ");
-    assert_eq!(findings, ["PreferenceMisread"]);
+    assert_eq!(findings, ["ExportMisread"]);
     assert_eq!(condition(&desired, "a/web", "Ready"), yes("Exported"), "nothing is lost by it");
     assert!(message(&desired, "a/web", "Ready").contains("annotation x is bad"));
 }
