@@ -147,18 +147,23 @@ impl<K: Ord, V> Shelf<K, V> {
 impl<K: Ord + Clone, V> Shelf<K, V> {
     /// Gives a key a value.
     pub fn insert(&mut self, key: K, value: V) {
+        self.insert_shared(key, Arc::new(value));
+    }
+
+    /// Gives a key a value that others hold too.
+    pub fn insert_shared(&mut self, key: K, value: Arc<V>) {
         let place = self.chunk_of(&key);
         let chunks = Arc::make_mut(&mut self.chunks);
         let Some(chunk) = chunks.get_mut(place) else {
-            chunks.push(Arc::new(vec![(key, Arc::new(value))]));
+            chunks.push(Arc::new(vec![(key, value)]));
             self.len += 1;
             return;
         };
         let chunk = Arc::make_mut(chunk);
         match chunk.binary_search_by(|(k, _)| k.cmp(&key)) {
-            Ok(at) => chunk[at].1 = Arc::new(value),
+            Ok(at) => chunk[at].1 = value,
             Err(at) => {
-                chunk.insert(at, (key, Arc::new(value)));
+                chunk.insert(at, (key, value));
                 self.len += 1;
                 if chunk.len() > MOST {
                     let upper = chunk.split_off(chunk.len() / 2);

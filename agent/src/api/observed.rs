@@ -1,6 +1,7 @@
 //! What was read of the cluster, and what is written to it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use tombolo_agent_core::finding::Finding;
 use tombolo_agent_core::known::Known;
@@ -23,21 +24,21 @@ pub struct Observed {
     /// is there to refuse it.
     pub namespaces: Known<BTreeSet<Namespace>>,
     /// v1 Services.
-    pub services: Known<BTreeMap<ServiceKey, Service>>,
+    pub services: Known<Shelf<ServiceKey, Service>>,
     /// ServiceExports that have a creation time.
-    pub exports: Known<BTreeMap<ServiceKey, ServiceExport>>,
+    pub exports: Known<Shelf<ServiceKey, ServiceExport>>,
     /// All ServiceExports, those too that wait for [`super::ClusterApi::stamp_exports`].
-    pub declared_exports: Known<BTreeSet<ServiceKey>>,
+    pub declared_exports: Known<Arc<BTreeSet<ServiceKey>>>,
     /// Statuses of ServiceExports as last written.
-    pub statuses: Known<BTreeMap<ServiceKey, ExportStatus>>,
+    pub statuses: Known<Shelf<ServiceKey, ExportStatus>>,
     /// Backends of local services, out of all their EndpointSlices.
-    pub backends: Known<BTreeMap<ServiceKey, LocalBackends>>,
+    pub backends: Known<Shelf<ServiceKey, LocalBackends>>,
     /// ServiceImports.
     pub imports: Known<Shelf<ServiceKey, Import>>,
     /// Imported EndpointSlices.
     pub slices: Known<Shelf<SliceKey, Slice>>,
     /// Services that carry ClusterSetIPs; a directory has none.
-    pub derived: Known<BTreeMap<ServiceKey, DerivedService>>,
+    pub derived: Known<Shelf<ServiceKey, DerivedService>>,
     /// Ranges of this cluster's Services, where they are known.
     pub service_ranges: BTreeSet<Prefix>,
     /// Clusters as the controller verified them, the own one too.

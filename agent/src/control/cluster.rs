@@ -11,6 +11,7 @@ use tombolo_agent_core::bucket::Bucket;
 use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::known::{Known, Objects};
 use tombolo_agent_core::plan::piece::{self, OwnPlan};
+use tombolo_agent_core::shelf::Shelf;
 use tombolo_agent_core::speak::{Turn, Voice};
 use tombolo_agent_core::world::ClusterWorld;
 use tombolo_proto::model::{ClusterId, Endpoint, NodeName, Position, Prefix, Record, Scope};
@@ -405,9 +406,9 @@ impl Controller {
                 tunnel_nodes: shown.tunnel_nodes.clone(),
                 stated: input.stated.clone(),
                 namespaces: shown.namespaces.clone(),
-                services: shown.services.clone(),
-                exports: shown.exports.clone(),
-                backends: shown.backends.clone(),
+                services: whole(&shown.services),
+                exports: whole(&shown.exports),
+                backends: whole(&shown.backends),
                 imports: Known::No,
                 slices: Known::No,
                 derived: Known::No,
@@ -529,6 +530,14 @@ impl Controller {
     fn finding(&self, reason: &'static str, message: &str) -> Finding {
         let object = format!("cluster {}", self.cluster);
         Finding { severity: Severity::Error, reason, object, message: message.to_owned() }
+    }
+}
+
+/// All of it, as plans of everything take it.
+fn whole<K: Ord + Clone, V: Clone>(known: &Known<Shelf<K, V>>) -> Known<BTreeMap<K, V>> {
+    match known {
+        Known::Yes(shelf) => Known::Yes(shelf.iter().map(|(k, v)| (k.clone(), v.clone())).collect()),
+        Known::No => Known::No,
     }
 }
 

@@ -23,8 +23,8 @@ use crate::api::cache::Cache;
 use crate::api::directory::Directory;
 use crate::api::kubernetes::Kubernetes;
 use crate::apply::device::TunnelDriver;
+use crate::apply::driver::Drivers;
 use crate::apply::key::DeviceKeys;
-use crate::apply::uapi::Userspace;
 use crate::apply::{Appliers, Drops, Options};
 use crate::config::{Config, Role};
 use crate::dns::{self, DnsMetrics};
@@ -74,8 +74,10 @@ pub async fn run(
         let (seen, sights) = watch::channel(Default::default());
         {
             // For reading alone: what it writes is not counted.
-            let Options { devices, sockets, .. } = options(&config);
-            let driver: Arc<dyn TunnelDriver> = Arc::new(Userspace::new(devices, sockets, Arc::default()));
+            let Options { devices, sockets, driver, .. } = options(&config);
+            let driver =
+                Drivers::open(driver, devices, sockets, Arc::default()).context("no netlink socket")?;
+            let driver: Arc<dyn TunnelDriver> = Arc::new(driver);
             let (rosters, driver, stop) = (rosters.clone(), driver.clone(), stop.clone());
             let (rosters2, driver2, stop2) = (rosters.clone(), driver.clone(), stop.clone());
             tasks.spawn(async move {
@@ -130,7 +132,7 @@ pub async fn run(
 }
 
 fn options(config: &Config) -> Options {
-    Options { devices: config.devices_dir.clone(), ..Options::default() }
+    Options { devices: config.devices_dir.clone(), driver: config.tunnel_driver, ..Options::default() }
 }
 
 /// Removes everything of ours from this node but its keys.

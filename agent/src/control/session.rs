@@ -102,6 +102,8 @@ pub async fn run(shared: Arc<Shared>, key: Arc<SigningKey>, shown: Arc<Shown>, s
         }
         delay = Duration::ZERO;
         tokio::select! {
+            // The stop first: tasks that end by it have not failed.
+            biased;
             () = stop.cancelled() => break,
             result = changed.changed() => if result.is_err() { break },
             Some(ended) = set.join_next_with_id(), if !set.is_empty() => {

@@ -13,6 +13,7 @@ use tombolo_agent_core::known::{Known, Objects};
 use tombolo_agent_core::object::{
     Condition, DerivedService, ExportStatus, Import, ServiceKey, Slice, SliceKey, TunnelNode,
 };
+use tombolo_agent_core::shelf::Shelf;
 use tombolo_agent_core::standing::Standing;
 use tombolo_agent_core::world::{Reach, Topology};
 use tombolo_proto::model::{
@@ -269,11 +270,11 @@ async fn services(
         &json!({ "apiVersion": "v1", "kind": "Service", "metadata": { "namespace": "shop" } }),
     );
     services.delete(&name, &DeleteParams::default()).await.unwrap();
-    until(observed, "its end", |now| now.derived.get().is_some_and(BTreeMap::is_empty)).await;
+    until(observed, "its end", |now| now.derived.get().is_some_and(Shelf::is_empty)).await;
     assert_eq!(make(first.clone()).await.unwrap(), first);
     // An address that is somebody else's by now, or of no range, gives way to another.
     services.delete(&name, &DeleteParams::default()).await.unwrap();
-    until(observed, "its end", |now| now.derived.get().is_some_and(BTreeMap::is_empty)).await;
+    until(observed, "its end", |now| now.derived.get().is_some_and(Shelf::is_empty)).await;
     let ip = first.ips[0].to_string();
     apply(
         client,

@@ -91,3 +91,41 @@ async fn an_api_server_that_goes_and_comes_withdraws_nothing() {
     );
     assert!(matches!(observed.borrow().clusterset, Known::Yes(None)));
 }
+
+/// An API server that takes one write at a time and sends everybody else away (429): all is written in the end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_sent_away_comes_again() {
+    let Some(server) = Server::start_with(&[
+        "--enable-priority-and-fairness=false",
+        "--max-requests-inflight=3",
+        "--max-mutating-requests-inflight=1",
+    ])
+    .await
+    else {
+        return;
+    };
+    server.install().await;
+    let api = connect(&server).await;
+    let mut observed = api.observe();
+    until(&mut observed, "what writers need", |now| now.services.is_known() && now.imports.is_known()).await;
+    let all: BTreeMap<_, _> =
+        (0..100).map(|n| (key(&format!("shop/s{n}")), import(&["10.96.3.3"]))).collect();
+    let mut turns = 0;
+    // As the controller does: what failed in one turn is done in the next.
+    while api.write_imports(all.clone(), Default::default()).await.is_err() {
+        turns += 1;
+        assert!(turns < 20, "it is never done");
+    }
+    until(&mut observed, "all of them", |now| {
+        now.imports.get().is_some_and(|there| all.iter().all(|(k, v)| there.get(k) == Some(v)))
+    })
+    .await;
+    let metrics = server.kubectl(&["get", "--raw=/metrics"]).unwrap();
+    let away: f64 = metrics
+        .lines()
+        .filter(|line| line.starts_with("apiserver_request_total{") && line.contains("code=\"429\""))
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+        .sum();
+    println!("measured {away} requests sent away, {turns} turns failed in part");
+    assert!(away > 0.0, "nobody was sent away");
+}

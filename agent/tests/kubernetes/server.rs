@@ -20,6 +20,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 pub(crate) struct Server {
     directory: TempDir,
     programs: Programs,
+    arguments: &'static [&'static str],
     etcd: Running,
     api: Option<Running>,
     etcd_port: u16,
@@ -61,6 +62,11 @@ fn program(name: &str) -> Option<PathBuf> {
 impl Server {
     /// Starts one; None, loudly, where its programs are not: in CI that fails.
     pub(crate) async fn start() -> Option<Self> {
+        Self::start_with(&[]).await
+    }
+
+    /// The same with more arguments of the API server.
+    pub(crate) async fn start_with(arguments: &'static [&'static str]) -> Option<Self> {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let found = |name| program(name);
         let (Some(etcd), Some(api), Some(kubectl)) =
@@ -91,7 +97,8 @@ impl Server {
             .stderr(File::create(directory.path().join("etcd.log")).unwrap())
             .spawn()
             .unwrap();
-        let mut server = Self { directory, programs, etcd: Running(etcd), api: None, etcd_port, port };
+        let mut server =
+            Self { directory, programs, arguments, etcd: Running(etcd), api: None, etcd_port, port };
         server.start_api().await;
         Some(server)
     }
@@ -110,6 +117,7 @@ impl Server {
             .arg("--service-cluster-ip-range=10.96.0.0/16,fd00:96::/112")
             .arg("--authorization-mode=RBAC")
             .arg(format!("--token-auth-file={}", file("tokens.csv")))
+            .args(self.arguments)
             .stdout(Stdio::null())
             .stderr(File::create(file("api.log")).unwrap())
             .spawn()

@@ -259,7 +259,7 @@ fn exports(observed: &Observed) -> Vec<ExportRow> {
             conditions: status.map_or(&none, |s| &s.conditions).iter().map(condition).collect(),
         }
     };
-    observed.declared_exports.get().into_iter().flatten().map(row).collect()
+    observed.declared_exports.get().into_iter().flat_map(|all| all.iter()).map(row).collect()
 }
 
 fn imports(observed: &Observed) -> Vec<ImportRow> {

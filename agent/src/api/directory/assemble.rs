@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::known::Known;
 use tombolo_agent_core::object::{Service, ServiceExport, ServiceKey};
+use tombolo_agent_core::shelf::Shelf;
 use tombolo_proto::model::Family;
 
 use super::object::Object;
@@ -68,8 +69,8 @@ fn take_state(
             | Object::Other => {}
         }
     }
-    observed.statuses = Known::Yes(statuses);
-    observed.derived = Known::Yes(BTreeMap::new());
+    observed.statuses = Known::Yes(statuses.into());
+    observed.derived = Known::Yes(Shelf::new());
     observed.members = Known::Yes(members);
     observed.member_nodes = Known::Yes(member_nodes);
     observed.tunnel_nodes = Known::Yes(tunnel_nodes);
@@ -130,7 +131,7 @@ fn take_manifests(
     for (key, service) in &mut services {
         fill_families(service, slices.get(key));
     }
-    observed.declared_exports = Known::Yes(exports.keys().cloned().collect());
+    observed.declared_exports = Known::Yes(Arc::new(exports.keys().cloned().collect()));
     // An export counts from when its creation is known: what is older wins conflicts.
     if let Some(created) = created {
         exports.retain(|key, export| {
@@ -138,11 +139,11 @@ fn take_manifests(
             export.created = at.copied().unwrap_or(0);
             at.is_some()
         });
-        observed.exports = Known::Yes(exports);
+        observed.exports = Known::Yes(exports.into());
     }
     observed.nodes = Known::Yes(nodes);
     observed.namespaces = Known::Yes(namespaces);
-    observed.services = Known::Yes(services);
+    observed.services = Known::Yes(services.into());
     observed.backends = Known::Yes(slices.into_iter().map(|(key, list)| (key, slice::merge(list))).collect());
 }
 

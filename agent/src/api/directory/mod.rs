@@ -341,7 +341,7 @@ impl ClusterApi for Directory {
         let work = move |t: &mut Transaction<'_>| {
             let there = t.list(Kind::ServiceExport)?;
             let mut wanted = BTreeSet::new();
-            for key in &declared {
+            for key in &*declared {
                 let id = own(ObjectId::of_service(Kind::ServiceExport, key))?;
                 // A damaged one is made anew: then it is new again.
                 if !matches!(there.get(&id), Some(Some(_))) {

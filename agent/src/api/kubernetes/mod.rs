@@ -166,8 +166,7 @@ impl Kubernetes {
     async fn write_slice(&self, key: SliceKey, value: Slice) -> Result<bool, Error> {
         let id = own(slice::id(&key))?;
         let body = to_json(&own(slice::write(&key, &value))?);
-        let is =
-            |there: Option<&Entry>| matches!(object(there), Some(Object::Slice(_, there)) if *there == value);
+        let is = |there: Option<&Entry>| matches!(object(there), Some(Object::Slice(_, there)) if **there == value);
         let wanted = |there: Option<&Entry>| Ok((!is(there)).then(|| body.clone()));
         let applied = self.writer.apply(&id, Part::Main, wanted).await?;
         if let Some(entry) = &applied

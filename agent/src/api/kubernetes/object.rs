@@ -1,6 +1,7 @@
 //! What is watched, and which value an object of it is.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 use kube::core::ApiResource;
@@ -156,11 +157,11 @@ pub(super) enum Object {
     Export(ServiceKey, ServiceExport, ExportStatus, Option<ServiceExportStatus>),
     Import {
         key: ServiceKey,
-        value: Import,
+        value: Arc<Import>,
         ours: bool,
         status: Option<ServiceImportStatus>,
     },
-    Slice(SliceKey, Slice),
+    Slice(SliceKey, Arc<Slice>),
     Member(ClusterId, Member, Option<MemberStatus>),
     MemberNodes(ClusterId, u32, Vec<Record>),
     TunnelNode(NodeName, TunnelNode),
@@ -207,7 +208,10 @@ pub(super) fn read(source: Source, value: &mut Value) -> Result<Object, Problem>
             let ours = labels.and_then(|l| l.get(slice::SLICE_MANAGER_LABEL));
             if ours.is_some_and(|manager| manager == crate::api::kind::MANAGED_BY) {
                 let (key, value) = slice::read(&object)?;
-                return Ok(Object::Slice(key, value));
+                // One that only says that it is ours has another name.
+                let id = slice::id(&key)?;
+                let is = object.metadata.name.as_deref() == Some(id.name.as_str());
+                return Ok(if is { Object::Slice(key, Arc::new(value)) } else { Object::Other });
             }
             match slice::read_local(&object) {
                 Ok(local) => Ok(local.map_or(Object::Other, Object::LocalSlice)),
@@ -229,7 +233,7 @@ pub(super) fn read(source: Source, value: &mut Value) -> Result<Object, Problem>
             let object: multicluster::ServiceImportResource = typed(value)?;
             let ours = multicluster::is_ours(&object);
             let (key, value) = multicluster::read_import(&object)?;
-            Ok(Object::Import { key, value, ours, status: object.status })
+            Ok(Object::Import { key, value: Arc::new(value), ours, status: object.status })
         }
         Kind::Member => {
             let object: member::MemberResource = typed(value)?;

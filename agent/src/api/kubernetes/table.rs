@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::known::Known;
-use tombolo_agent_core::object::ServiceKey;
+use tombolo_agent_core::object::{
+    DerivedService, ExportStatus, Import, LocalBackends, Service, ServiceExport, ServiceKey, Slice, SliceKey,
+};
+use tombolo_agent_core::shelf::Shelf;
 use tombolo_proto::model::{NodeName, Prefix};
 
 use super::object::{Object, Source};
@@ -63,11 +66,27 @@ struct Kept {
 #[derive(Debug, Default)]
 pub(super) struct Tables {
     sources: BTreeMap<Source, Kept>,
+    /// What is observed, as of when it was asked last; the largest parts follow every change at once.
+    observed: Observed,
+    services: Shelf<ServiceKey, Service>,
+    derived: Shelf<ServiceKey, DerivedService>,
+    exports: Shelf<ServiceKey, ServiceExport>,
+    statuses: Shelf<ServiceKey, ExportStatus>,
+    imports: Shelf<ServiceKey, Import>,
+    slices: Shelf<SliceKey, Slice>,
+    backends: Shelf<ServiceKey, LocalBackends>,
+    /// Slices of local services.
+    local: BTreeMap<ServiceKey, BTreeMap<Name, Arc<Object>>>,
+    /// Services whose backends may be others.
+    unmerged: BTreeSet<ServiceKey>,
+    /// Sources of the small parts that are others since.
+    dirty: BTreeSet<Source>,
 }
 
 impl Tables {
     pub(super) fn new(sources: impl IntoIterator<Item = Source>) -> Self {
-        Self { sources: sources.into_iter().map(|source| (source, Kept::default())).collect() }
+        let sources = sources.into_iter().map(|source| (source, Kept::default())).collect();
+        Self { sources, ..Self::default() }
     }
 
     /// A full list begins. What was told stays until it is whole.
@@ -86,38 +105,144 @@ impl Tables {
             _ => {}
         }
         let news = old.is_none_or(|old| old.object != entry.object || old.problem != entry.problem);
-        let listing = kept.coming.is_some();
-        if let Some(list) = kept.coming.as_mut().or(kept.told.as_mut()) {
+        if let Some(list) = &mut kept.coming {
             list.insert(name, entry);
+            return false;
         }
-        news && !listing
+        self.tell(source, name, Some(entry));
+        news
     }
 
     /// What a writer got back: it is what is told from now on.
     pub(super) fn wrote(&mut self, source: Source, name: Name, entry: Entry) {
-        let kept = self.kept(source);
-        if let Some(list) = &mut kept.coming {
+        if let Some(list) = &mut self.kept(source).coming {
             list.insert(name.clone(), entry.clone());
         }
-        if let Some(told) = &mut kept.told {
-            told.insert(name, entry);
-        }
+        self.tell(source, name, Some(entry));
     }
 
     /// An object is gone. True if it was there.
     pub(super) fn remove(&mut self, source: Source, name: &Name) -> bool {
-        let kept = self.kept(source);
-        if let Some(list) = &mut kept.coming {
+        if let Some(list) = &mut self.kept(source).coming {
             list.remove(name);
         }
-        kept.told.as_mut().is_some_and(|told| told.remove(name).is_some())
+        self.tell(source, name.clone(), None)
     }
 
     /// The list is whole: what is not in it is gone.
     pub(super) fn end(&mut self, source: Source) {
         let kept = self.kept(source);
-        if let Some(list) = kept.coming.take() {
-            kept.told = Some(list);
+        let Some(list) = kept.coming.take() else { return };
+        let old = kept.told.get_or_insert_default();
+        let gone: Vec<Name> = old.keys().filter(|name| !list.contains_key(*name)).cloned().collect();
+        self.dirty.insert(source);
+        for name in gone {
+            self.tell(source, name, None);
+        }
+        for (name, entry) in list {
+            self.tell(source, name, Some(entry));
+        }
+    }
+
+    /// Makes an object of what was told so, and all that is observed of it. Nothing before the first full list. True if
+    /// it was there.
+    fn tell(&mut self, source: Source, name: Name, entry: Option<Entry>) -> bool {
+        let Some(told) = &mut self.kept(source).told else { return false };
+        let new = entry.as_ref().and_then(|entry| entry.object.clone());
+        let old = match entry {
+            Some(entry) => told.insert(name.clone(), entry),
+            None => told.remove(&name),
+        };
+        let there = old.is_some();
+        let old = old.and_then(|entry| entry.object);
+        let same = match (&old, &new) {
+            (Some(old), Some(new)) => Arc::ptr_eq(old, new),
+            (None, None) => true,
+            _ => false,
+        };
+        if !same {
+            self.observe(source, &name, old.as_deref(), new);
+        }
+        there
+    }
+
+    /// An object is another, as far as it is observed.
+    fn observe(&mut self, source: Source, name: &Name, old: Option<&Object>, new: Option<Arc<Object>>) {
+        match source {
+            Source::Kind(Kind::Service) => {
+                match old {
+                    Some(Object::Service(key, _)) => drop(self.services.remove(key)),
+                    Some(Object::Derived { as_service: (key, _), of, .. }) => {
+                        self.services.remove(key);
+                        self.derived.remove(of);
+                    }
+                    _ => {}
+                }
+                match new.as_deref() {
+                    Some(Object::Service(key, value)) => self.services.insert(key.clone(), value.clone()),
+                    Some(Object::Derived { as_service: (key, service), of, value }) => {
+                        self.services.insert(key.clone(), service.clone());
+                        self.derived.insert(of.clone(), value.clone());
+                    }
+                    _ => {}
+                }
+            }
+            Source::Kind(Kind::ServiceExport) => {
+                if let Some(Object::Export(key, ..)) = old {
+                    self.exports.remove(key);
+                    self.statuses.remove(key);
+                    self.unmerged.insert(key.clone());
+                }
+                if let Some(Object::Export(key, export, status, _)) = new.as_deref() {
+                    self.exports.insert(key.clone(), export.clone());
+                    self.statuses.insert(key.clone(), status.clone());
+                    self.unmerged.insert(key.clone());
+                }
+                self.dirty.insert(source);
+            }
+            Source::Kind(Kind::ServiceImport) => {
+                let new = match new.as_deref() {
+                    Some(Object::Import { key, value, ours: true, .. }) => Some((key, value)),
+                    _ => None,
+                };
+                if let Some(Object::Import { key, value, ours: true, .. }) = old {
+                    if new.is_some_and(|(_, new)| new == value) {
+                        return;
+                    }
+                    self.imports.remove(key);
+                }
+                if let Some((key, value)) = new {
+                    self.imports.insert_shared(key.clone(), value.clone());
+                }
+            }
+            Source::Kind(Kind::EndpointSlice) => {
+                match old {
+                    Some(Object::Slice(key, _)) => drop(self.slices.remove(key)),
+                    Some(Object::LocalSlice(slice)) => {
+                        if let Some(all) = self.local.get_mut(&slice.service) {
+                            all.remove(name);
+                            if all.is_empty() {
+                                self.local.remove(&slice.service);
+                            }
+                        }
+                        self.unmerged.insert(slice.service.clone());
+                    }
+                    _ => {}
+                }
+                match new.as_deref() {
+                    Some(Object::Slice(key, value)) => {
+                        self.slices.insert_shared(key.clone(), value.clone());
+                    }
+                    Some(Object::LocalSlice(slice)) => {
+                        let service = slice.service.clone();
+                        self.unmerged.insert(service.clone());
+                        let all = self.local.entry(service).or_default();
+                        all.extend(new.map(|new| (name.clone(), new)));
+                    }
+                    _ => {}
+                }
+            }
+            _ => drop(self.dirty.insert(source)),
         }
     }
 
@@ -141,6 +266,7 @@ impl Tables {
         kept.coming = None;
         let new = kept.told.is_none();
         kept.told.get_or_insert_default();
+        self.dirty.insert(source);
         new
     }
 
@@ -167,128 +293,138 @@ impl Tables {
     }
 
     /// What the agent observes.
-    pub(super) fn observed(&self) -> Observed {
-        let mut observed = Observed { findings: self.findings(), ..Observed::default() };
-        self.of_people(&mut observed);
-        self.of_ours(&mut observed);
+    pub(super) fn observed(&mut self) -> Observed {
+        let mut observed = std::mem::take(&mut self.observed);
+        let dirty = std::mem::take(&mut self.dirty);
+        let is = |sources: &[Source]| sources.iter().any(|source| dirty.contains(source));
+        self.of_people(&mut observed, is);
+        self.of_ours(&mut observed, is);
+        observed.findings = self.findings();
+        self.observed = observed.clone();
         observed
     }
 
-    fn of_people(&self, observed: &mut Observed) {
-        let pods = self.pod_ranges();
-        let nodes = self.known(Kind::Node, |object| match object {
-            Object::Node(name, node) => Some((name.clone(), node.clone())),
-            _ => None,
-        });
-        observed.nodes = yes(nodes.map(|nodes| {
-            let with_ranges = |(name, mut node): (NodeName, tombolo_agent_core::object::Node)| {
-                // A CNI that gives out ranges of its own uses no others.
-                if let Some(ranges) = pods.get(&name) {
-                    node.pod_cidrs.clone_from(ranges);
-                }
-                (name, node)
-            };
-            nodes.map(with_ranges).collect()
-        }));
-        let namespaces = self.known(Kind::Namespace, |object| match object {
-            Object::Namespace(name) => Some(name.clone()),
-            _ => None,
-        });
-        observed.namespaces = yes(namespaces.map(Iterator::collect));
-        let services = self.known(Kind::Service, |object| match object {
-            Object::Service(key, value) | Object::Derived { as_service: (key, value), .. } => {
-                Some((key.clone(), value.clone()))
+    /// Whether a kind was listed.
+    fn is_told(&self, kind: Kind) -> bool {
+        self.all(Source::Kind(kind)).is_some()
+    }
+
+    fn of_people(&mut self, observed: &mut Observed, is: impl Fn(&[Source]) -> bool) {
+        if is(&[Source::Kind(Kind::Node), Source::BlockAffinity, Source::CiliumNode]) {
+            let pods = self.pod_ranges();
+            let nodes = self.known(Kind::Node, |object| match object {
+                Object::Node(name, node) => Some((name.clone(), node.clone())),
+                _ => None,
+            });
+            observed.nodes = yes(nodes.map(|nodes| {
+                let with_ranges = |(name, mut node): (NodeName, tombolo_agent_core::object::Node)| {
+                    // A CNI that gives out ranges of its own uses no others.
+                    if let Some(ranges) = pods.get(&name) {
+                        node.pod_cidrs.clone_from(ranges);
+                    }
+                    (name, node)
+                };
+                nodes.map(with_ranges).collect()
+            }));
+        }
+        if is(&[Source::Kind(Kind::Namespace)]) {
+            let namespaces = self.known(Kind::Namespace, |object| match object {
+                Object::Namespace(name) => Some(name.clone()),
+                _ => None,
+            });
+            observed.namespaces = yes(namespaces.map(Iterator::collect));
+        }
+        if self.is_told(Kind::Service) {
+            observed.services = Known::Yes(self.services.clone());
+            observed.derived = Known::Yes(self.derived.clone());
+        }
+        if self.is_told(Kind::ServiceExport) {
+            if is(&[Source::Kind(Kind::ServiceExport)]) {
+                observed.declared_exports = Known::Yes(Arc::new(self.exports.keys().cloned().collect()));
             }
-            _ => None,
-        });
-        observed.services = yes(services.map(Iterator::collect));
-        let derived = self.known(Kind::Service, |object| match object {
-            Object::Derived { of, value, .. } => Some((of.clone(), value.clone())),
-            _ => None,
-        });
-        observed.derived = yes(derived.map(Iterator::collect));
-        let exports = self.known(Kind::ServiceExport, |object| match object {
-            Object::Export(key, export, status, _) => Some((key.clone(), (export.clone(), status.clone()))),
-            _ => None,
-        });
-        let exports: Option<BTreeMap<ServiceKey, _>> = exports.map(Iterator::collect);
-        if let Some(exports) = exports {
-            observed.declared_exports = Known::Yes(exports.keys().cloned().collect());
-            // Of what nobody exports no backends are needed.
-            let mut local: BTreeMap<ServiceKey, Vec<&LocalSlice>> = BTreeMap::new();
-            let slices = self.objects(Source::Kind(Kind::EndpointSlice));
-            let known = slices.is_some();
-            for object in slices.into_iter().flatten() {
-                if let Object::LocalSlice(slice) = object
-                    && exports.contains_key(&slice.service)
-                {
-                    local.entry(slice.service.clone()).or_default().push(slice);
-                }
+            observed.exports = Known::Yes(self.exports.clone());
+            observed.statuses = Known::Yes(self.statuses.clone());
+            if self.is_told(Kind::EndpointSlice) {
+                self.merge();
+                observed.backends = Known::Yes(self.backends.clone());
             }
-            let merged = local.into_iter().map(|(key, slices)| (key, slice::merge(slices))).collect();
-            observed.backends = if known { Known::Yes(merged) } else { Known::No };
-            let (mut specs, mut statuses) = (BTreeMap::new(), BTreeMap::new());
-            for (key, (export, status)) in exports {
-                specs.insert(key.clone(), export);
-                statuses.insert(key, status);
-            }
-            observed.exports = Known::Yes(specs);
-            observed.statuses = Known::Yes(statuses);
         }
     }
 
-    fn of_ours(&self, observed: &mut Observed) {
-        let imports = self.known(Kind::ServiceImport, |object| match object {
-            Object::Import { key, value, ours: true, .. } => Some((key.clone(), value.clone())),
-            _ => None,
-        });
-        observed.imports = yes(imports.map(Iterator::collect));
-        let slices = self.known(Kind::EndpointSlice, |object| match object {
-            Object::Slice(key, value) => Some((key.clone(), value.clone())),
-            _ => None,
-        });
-        observed.slices = yes(slices.map(Iterator::collect));
-        let members = self.known(Kind::Member, |object| match object {
-            Object::Member(cluster, value, _) => Some((cluster.clone(), value.clone())),
-            _ => None,
-        });
-        observed.members = yes(members.map(Iterator::collect));
-        let shards = self.known(Kind::MemberNodes, |object| match object {
-            Object::MemberNodes(cluster, _, records) => Some((cluster.clone(), records.clone())),
-            _ => None,
-        });
-        observed.member_nodes = yes(shards.map(|shards| {
-            let mut nodes: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
-            for (cluster, records) in shards {
-                let of = nodes.entry(cluster).or_default();
-                of.extend(records.into_iter().map(|record| (record.key.clone(), record)));
+    /// Puts backends together, of services that are exported: of others none are needed.
+    fn merge(&mut self) {
+        for key in std::mem::take(&mut self.unmerged) {
+            let slices = self.local.get(&key).filter(|_| self.exports.contains_key(&key));
+            match slices {
+                Some(slices) => {
+                    let local = |object: &'_ Arc<Object>| match &**object {
+                        Object::LocalSlice(slice) => Some(slice.clone()),
+                        _ => None,
+                    };
+                    let slices: Vec<LocalSlice> = slices.values().filter_map(local).collect();
+                    self.backends.insert(key, slice::merge(&slices));
+                }
+                None => drop(self.backends.remove(&key)),
             }
-            nodes
-        }));
-        let tunnel_nodes = self.known(Kind::TunnelNode, |object| match object {
-            Object::TunnelNode(name, value) => Some((name.clone(), value.clone())),
-            _ => None,
-        });
-        observed.tunnel_nodes = yes(tunnel_nodes.map(Iterator::collect));
-        let ranges = self.objects(Source::ServiceCidr).into_iter().flatten();
-        observed.service_ranges = ranges
-            .filter_map(|object| match object {
-                Object::ServiceCidr(ranges) => Some(ranges),
+        }
+    }
+
+    fn of_ours(&self, observed: &mut Observed, is: impl Fn(&[Source]) -> bool) {
+        if self.is_told(Kind::ServiceImport) {
+            observed.imports = Known::Yes(self.imports.clone());
+        }
+        if self.is_told(Kind::EndpointSlice) {
+            observed.slices = Known::Yes(self.slices.clone());
+        }
+        if is(&[Source::Kind(Kind::Member)]) {
+            let members = self.known(Kind::Member, |object| match object {
+                Object::Member(cluster, value, _) => Some((cluster.clone(), value.clone())),
                 _ => None,
-            })
-            .flatten()
-            .copied()
-            .collect();
-        let sets = self.known(Kind::ClusterSet, |object| match object {
-            Object::ClusterSet(set) => Some(set.clone()),
-            _ => None,
-        });
-        observed.clusterset = yes(sets.map(|mut sets| {
-            let mut set = sets.next()?;
-            // No grant of another cluster may touch the addresses of this one's Services.
-            set.reserved.extend(observed.service_ranges.iter().copied());
-            Some(set)
-        }));
+            });
+            observed.members = yes(members.map(Iterator::collect));
+        }
+        if is(&[Source::Kind(Kind::MemberNodes)]) {
+            let shards = self.known(Kind::MemberNodes, |object| match object {
+                Object::MemberNodes(cluster, _, records) => Some((cluster.clone(), records.clone())),
+                _ => None,
+            });
+            observed.member_nodes = yes(shards.map(|shards| {
+                let mut nodes: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
+                for (cluster, records) in shards {
+                    let of = nodes.entry(cluster).or_default();
+                    of.extend(records.into_iter().map(|record| (record.key.clone(), record)));
+                }
+                nodes
+            }));
+        }
+        if is(&[Source::Kind(Kind::TunnelNode)]) {
+            let tunnel_nodes = self.known(Kind::TunnelNode, |object| match object {
+                Object::TunnelNode(name, value) => Some((name.clone(), value.clone())),
+                _ => None,
+            });
+            observed.tunnel_nodes = yes(tunnel_nodes.map(Iterator::collect));
+        }
+        if is(&[Source::ServiceCidr, Source::Kind(Kind::ClusterSet)]) {
+            let ranges = self.objects(Source::ServiceCidr).into_iter().flatten();
+            observed.service_ranges = ranges
+                .filter_map(|object| match object {
+                    Object::ServiceCidr(ranges) => Some(ranges),
+                    _ => None,
+                })
+                .flatten()
+                .copied()
+                .collect();
+            let sets = self.known(Kind::ClusterSet, |object| match object {
+                Object::ClusterSet(set) => Some(set.clone()),
+                _ => None,
+            });
+            observed.clusterset = yes(sets.map(|mut sets| {
+                let mut set = sets.next()?;
+                // No grant of another cluster may touch the addresses of this one's Services.
+                set.reserved.extend(observed.service_ranges.iter().copied());
+                Some(set)
+            }));
+        }
     }
 
     /// Which ranges a CNI says that the pods of its nodes have.
@@ -357,7 +493,7 @@ mod tests {
         Entry { version: "1".to_owned(), generation: None, uid: None, object, problem: None }
     }
 
-    fn seen(tables: &Tables) -> Option<Vec<String>> {
+    fn seen(tables: &mut Tables) -> Option<Vec<String>> {
         tables.observed().namespaces.get().map(|all| all.iter().map(ToString::to_string).collect())
     }
 
@@ -371,22 +507,22 @@ mod tests {
         tables.begin(NAMESPACES);
         tables.put(NAMESPACES, name("a"), entry("a"));
         tables.put(NAMESPACES, name("b"), entry("b"));
-        assert_eq!(seen(&tables), None);
+        assert_eq!(seen(&mut tables), None);
         tables.end(NAMESPACES);
-        assert_eq!(seen(&tables), texts(&["a", "b"]));
+        assert_eq!(seen(&mut tables), texts(&["a", "b"]));
         // A list that is cut off takes nothing away.
         tables.begin(NAMESPACES);
         tables.put(NAMESPACES, name("b"), entry("b"));
         assert!(tables.trouble(NAMESPACES, "gone".to_owned()));
-        assert_eq!(seen(&tables), texts(&["a", "b"]));
+        assert_eq!(seen(&mut tables), texts(&["a", "b"]));
         assert_eq!(tables.observed().findings.len(), 1);
         tables.begin(NAMESPACES);
         tables.put(NAMESPACES, name("b"), entry("b"));
         tables.end(NAMESPACES);
-        assert_eq!(seen(&tables), texts(&["b"]));
+        assert_eq!(seen(&mut tables), texts(&["b"]));
         assert!(tables.fine(NAMESPACES) && tables.observed().findings.is_empty());
         assert!(tables.remove(NAMESPACES, &name("b")));
-        assert_eq!(seen(&tables), texts(&[]));
+        assert_eq!(seen(&mut tables), texts(&[]));
     }
 
     #[test]
@@ -404,7 +540,7 @@ mod tests {
         };
         assert!(tables.put(NAMESPACES, name("a"), broken.clone()));
         assert!(!tables.put(NAMESPACES, name("a"), broken), "no news");
-        assert_eq!(seen(&tables), texts(&["a"]));
+        assert_eq!(seen(&mut tables), texts(&["a"]));
         assert!(tables.observed().findings[0].message.contains("stays in use"));
     }
 }

@@ -57,6 +57,19 @@ pub(super) struct Batch {
     pub(super) slices: (BTreeMap<SliceKey, Slice>, BTreeSet<SliceKey>),
 }
 
+impl Batch {
+    /// How many objects it writes and removes.
+    pub(super) fn objects(&self) -> u32 {
+        let count = self.derived.0.len()
+            + self.derived.1.len()
+            + self.imports.0.len()
+            + self.imports.1.len()
+            + self.slices.0.len()
+            + self.slices.1.len();
+        u32::try_from(count).unwrap_or(u32::MAX)
+    }
+}
+
 /// See the module.
 pub(super) struct Desk {
     us: ClusterId,
@@ -226,7 +239,7 @@ impl Desk {
         let all: Vec<_> =
             shown.chain(planned).map(|(key, import)| (self.cause(import), key.clone())).collect();
         all.into_iter().for_each(|(cause, key)| self.queue.add(cause, [key]));
-        let derived = observed.derived.get().into_iter().flat_map(BTreeMap::keys);
+        let derived = observed.derived.get().into_iter().flat_map(Shelf::keys);
         self.queue.add(None, derived.cloned().collect::<Vec<_>>());
         for slice in observed.slices.get().into_iter().flat_map(Shelf::keys) {
             let cause = (slice.source != self.us).then(|| slice.source.clone());

@@ -23,6 +23,8 @@ use crate::control::session::Shared;
 use crate::observe::origin::View;
 use crate::tell::Part;
 
+/// Writing an object is charged as so much work: what it costs the API's server and the nodes that read it.
+const OBJECT: Duration = Duration::from_micros(100);
 /// Findings of services that are shown.
 const FINDINGS: usize = 300;
 
@@ -203,6 +205,7 @@ impl Work {
         if let Some((mut batch, planned)) = batch {
             let mut carried = BTreeMap::new();
             let begun = Instant::now();
+            let objects = batch.objects();
             let (set, gone) = std::mem::take(&mut batch.derived);
             let mut good = true;
             if !(set.is_empty() && gone.is_empty()) {
@@ -213,8 +216,10 @@ impl Work {
                 }
             }
             good &= self.write(&mut batch, writes).await;
-            let used = planned + begun.elapsed();
-            debug!(cause = ?batch.cause, services = batch.keys.len(), ?used, waiting = desk.waiting(), "planned");
+            let (took, services) = (planned + begun.elapsed(), batch.keys.len());
+            debug!(cause = ?batch.cause, services, objects, ?took, waiting = desk.waiting(), "planned");
+            // Waiting for the API costs nobody anything.
+            let used = planned.saturating_add(OBJECT * objects);
             desk.settle(batch, good, self.start.elapsed(), used);
             desk.carried(carried);
         }
