@@ -7,6 +7,7 @@ use clap::{Parser, ValueEnum};
 use tombolo_proto::model::NodeName;
 
 use crate::api::kubernetes::{Access, Scope};
+use crate::apply::driver::Choice;
 
 /// Joins this node to the clusterset: tunnels, routes, firewall, and the names under clusterset.local.
 ///
@@ -38,7 +39,11 @@ pub struct Config {
     /// Health, readiness, metrics and state over HTTP.
     #[arg(long, default_value = "127.0.0.1:4505", value_name = "ADDRESS:PORT")]
     pub admin: SocketAddr,
-    /// Where tunnel devices are asked for; `tombolo-wireguard serve` watches it.
+    /// What new tunnel devices are. `auto`: the kernel's WireGuard where there is one, else userspace; devices that are there
+    /// stay what they are. The kernel's carries most; while a key is rotated, its packets wait for a handshake.
+    #[arg(long, env = "TOMBOLO_TUNNEL_DRIVER", value_enum, default_value_t)]
+    pub tunnel_driver: Choice,
+    /// Where userspace devices are asked for; `tombolo-wireguard serve` watches it.
     #[arg(long, default_value = "/run/tombolo/devices", value_name = "DIR")]
     pub devices_dir: PathBuf,
     /// Form of the log on standard error; TOMBOLO_LOG sets its level (info, debug, ...).

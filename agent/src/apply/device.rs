@@ -14,6 +14,7 @@ use tombolo_agent_core::object::NodeKey;
 use tombolo_proto::model::{DeviceNumber, WireguardKey};
 
 use super::key::{DeviceKey, Pair};
+use super::netlink::NetlinkError;
 
 /// Seconds between keepalives: keeps NAT mappings, and makes silence mean something.
 pub const KEEPALIVE: u16 = 10;
@@ -79,12 +80,23 @@ pub enum DeviceError {
     /// It refused.
     #[error("the device refused its configuration: {}", std::io::Error::from_raw_os_error(*.0))]
     Refused(i32),
+    /// The kernel's own WireGuard.
+    #[error("{}", in_kernel(.0))]
+    Kernel(NetlinkError),
     /// No key for it.
     #[error("there is no private key for this device")]
     NoKey,
     /// Asked for, but its link is not there yet.
     #[error("the device has no link yet")]
     NoLink,
+}
+
+fn in_kernel(error: &NetlinkError) -> String {
+    if error.errno() == Some(libc::EOPNOTSUPP) {
+        "this kernel has no WireGuard: load the module `wireguard`, or let the agent use --tunnel-driver userspace".to_owned()
+    } else {
+        format!("the kernel's WireGuard: {error}")
+    }
 }
 
 /// A device as it is.

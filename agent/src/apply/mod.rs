@@ -8,7 +8,9 @@
 //! protocol 98; the nft table `inet tombolo`.
 
 pub mod device;
+pub mod driver;
 pub mod firewall;
+pub mod kernel;
 pub mod key;
 pub mod link;
 pub mod netlink;
@@ -48,6 +50,8 @@ pub struct Options {
     pub sockets: PathBuf,
     /// The program nft.
     pub nft: PathBuf,
+    /// What new devices are.
+    pub driver: driver::Choice,
 }
 
 impl Default for Options {
@@ -56,6 +60,7 @@ impl Default for Options {
             devices: "/run/tombolo/devices".into(),
             sockets: "/var/run/wireguard".into(),
             nft: "nft".into(),
+            driver: driver::Choice::Auto,
         }
     }
 }
@@ -295,11 +300,12 @@ pub struct Appliers {
 }
 
 impl Appliers {
-    /// With userspace devices. Needs a tokio runtime.
+    /// With devices of the kernel or of userspace. Needs a tokio runtime.
     pub fn new(options: Options, keys: Arc<DeviceKeys>) -> io::Result<Self> {
         let writes = Arc::new(Writes::default());
-        let driver = Box::new(uapi::Userspace::new(options.devices, options.sockets, writes.clone()));
-        Self::with_driver(driver, options.nft, keys, writes)
+        let Options { devices, sockets, nft, driver } = options;
+        let driver = driver::Drivers::open(driver, devices, sockets, writes.clone())?;
+        Self::with_driver(Box::new(driver), nft, keys, writes)
     }
 
     /// With devices of any kind; `writes` is what the driver counts in.

@@ -149,7 +149,7 @@ impl Netlink {
     }
 }
 
-fn refused(error: &ErrorMessage) -> NetlinkError {
+pub(super) fn refused(error: &ErrorMessage) -> NetlinkError {
     // What follows the errno: the request's header (16 bytes, NETLINK_CAP_ACK), then attributes.
     let mut rest = error.header.get(16..).unwrap_or_default();
     let mut message = String::new();

@@ -25,11 +25,11 @@ use super::device::{
 use super::netlink::device_number;
 
 /// How long a device may take to come or go.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// The same for one that did not come the last time, so that the others do not wait for it again and again.
 const IMPATIENCE: Duration = Duration::from_millis(200);
 /// Between two looks.
-const LOOK: Duration = Duration::from_millis(10);
+pub(super) const LOOK: Duration = Duration::from_millis(10);
 /// A device that does not answer so long is broken.
 const ANSWER: Duration = Duration::from_secs(5);
 /// The longest answer: 500 peers with 100 allowed IPs are 3 MiB.

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
-use tombolo_agent::apply::Writes;
 use tombolo_agent::apply::device::{DeviceState, TunnelDriver as _};
-use tombolo_agent::apply::uapi::Userspace;
+use tombolo_agent::apply::driver::Drivers;
+use tombolo_agent::apply::{Options, Writes};
 use tombolo_agent_core::desired::{DNS_PORT, Vip};
 use tombolo_proto::model::{DeviceNumber, Family, Protocol};
 
@@ -64,14 +64,17 @@ pub(super) trait Kernel {
 /// This machine's.
 pub(super) struct Machine {
     runtime: tokio::runtime::Runtime,
-    driver: Userspace,
+    driver: Drivers,
 }
 
 impl Machine {
-    pub(super) fn new(runtime: tokio::runtime::Runtime) -> Self {
-        let options = tombolo_agent::apply::Options::default();
-        let driver = Userspace::new(options.devices, options.sockets, Arc::new(Writes::default()));
-        Self { runtime, driver }
+    pub(super) fn new(runtime: tokio::runtime::Runtime) -> std::io::Result<Self> {
+        let Options { devices, sockets, driver, .. } = Options::default();
+        let driver = {
+            let _inside = runtime.enter();
+            Drivers::open(driver, devices, sockets, Arc::new(Writes::default()))?
+        };
+        Ok(Self { runtime, driver })
     }
 }
 

@@ -53,7 +53,7 @@ pub(super) fn explain(printer: &Printer, args: &Explain) -> Result<ExitCode> {
     };
     let here = Here::of(observed, Some(&node), &underlay, found)
         .with_context(|| format!("{} cannot be explained", args.cluster.cluster_dir.display()))?;
-    let machine = Machine::new(runtime);
+    let machine = Machine::new(runtime).context("no netlink socket")?;
     let steps = walk::walk(&here, &machine, &from, &to, &check::dropping());
     let worst = steps.iter().map(|s| s.outcome).filter(|o| *o != Outcome::NotReached).max();
     let verdict = match worst {
