@@ -1,4 +1,5 @@
 //! The lab's real Kubernetes by itself, and Tombolo on it.
+#![allow(clippy::print_stdout)]
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -178,6 +179,245 @@ fn an_export_of_one_real_cluster_is_a_name_in_another() {
             Ok(())
         },
     );
+}
+
+/// The addresses of the Service that carries an import.
+fn clusterset_ips(lab: &Lab, cluster: &str, import: &str) -> Result<Vec<IpAddr>> {
+    let path = "jsonpath={.spec.ips}";
+    let words = ["get", "serviceimport", import, "-n", "production", "-o", path];
+    let text = lab.kubectl(cluster, &words, "")?;
+    let texts: Vec<String> = serde_json::from_str(&text).with_context(|| format!("{import}: {text:?}"))?;
+    ensure!(texts.len() == 2, "{import} has {texts:?}");
+    texts.iter().map(|a| a.parse().with_context(|| a.clone())).collect()
+}
+
+/// kube-proxy of every node leads to the other cluster's pods, as it leads to the own: both families, only exported
+/// ports, affinity, and never to a Service of the same name that is not exported (mcs 2, 20, 28 to 30).
+#[test]
+fn through_its_clusterip_an_import_is_a_service_like_any_other() {
+    scenario_kubernetes(
+        "through_its_clusterip_an_import_is_a_service_like_any_other",
+        Duration::from_secs(300),
+        || {
+            let lab = Lab::build(Topology::parse(KUBERNETES)?)?;
+            lab.bring_up()?;
+            let service = |name: &str, app: &str, more: serde_json::Value| {
+                let mut spec = serde_json::json!({
+                    "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack",
+                    "selector": { "app": app }, "ports": [{ "name": "http", "port": 80, "targetPort": 8080 }],
+                });
+                for (key, value) in more.as_object().into_iter().flatten() {
+                    spec[key] = value.clone();
+                }
+                serde_json::json!({
+                    "apiVersion": "v1", "kind": "Service",
+                    "metadata": { "name": name, "namespace": "production" }, "spec": spec,
+                })
+            };
+            let none = serde_json::json!({});
+            let sticky = serde_json::json!({ "sessionAffinity": "ClientIP" });
+            lab.apply("eu-west", &[], &service("plain", "api", none.clone()))?;
+            lab.apply("eu-west", &[], &service("sticky", "api", sticky))?;
+            // Of the same name, and not exported.
+            lab.apply("us-east", &[], &service("plain", "web", none))?;
+            for name in ["plain", "sticky"] {
+                lab.export("eu-west", "production", name)?;
+            }
+            let backends = BTreeSet::from(["ok eu-a".to_owned(), "ok eu-b".to_owned()]);
+            for name in ["plain", "sticky"] {
+                let mut ips = Vec::new();
+                wait_until(&format!("addresses of {name}"), SOON, || {
+                    ips = clusterset_ips(&lab, "us-east", name)?;
+                    Ok(())
+                })?;
+                for pod in ["us-a", "us-b"] {
+                    for ip in &ips {
+                        let url = format!("http://{}/health", host(*ip));
+                        wait_until(&format!("{url} of {name} from {pod}"), SOON, || {
+                            answering(&lab, pod, &url, 1).map(drop)
+                        })?;
+                        // Once both backends are known to the node's proxy.
+                        if name == "plain" {
+                            wait_until(&format!("both backends behind {url}"), SOON, || {
+                                let seen = answering(&lab, pod, &url, 10)?;
+                                ensure!(seen == backends, "{seen:?} answer");
+                                Ok(())
+                            })?;
+                        } else {
+                            wait_until(&format!("one backend behind {url}"), SOON, || {
+                                let seen = answering(&lab, pod, &url, 10)?;
+                                ensure!(seen.len() == 1 && seen.is_subset(&backends), "{seen:?} answer");
+                                Ok(())
+                            })?;
+                        }
+                        // What the pods serve and the Service does not have.
+                        let strict =
+                            lab.fetch(pod, &format!("http://{}:8080/health", host(*ip)), &["--timeout", "1"]);
+                        ensure!(strict.is_err(), "port 8080 of {name} answers {strict:?}");
+                    }
+                }
+            }
+            Ok(())
+        },
+    );
+}
+
+/// Whatever a user's objects are: each is told on its own ServiceExport, and nothing else is harmed.
+#[test]
+fn bad_objects_are_told_and_harm_nothing_else() {
+    scenario_kubernetes("bad_objects_are_told_and_harm_nothing_else", Duration::from_secs(300), || {
+        let lab = Lab::build(Topology::parse(KUBERNETES)?)?;
+        lab.bring_up()?;
+        lab.export("eu-west", "production", "api-service")?;
+        let url = "http://api-service.production.svc.clusterset.local:8080/health";
+        wait_until("the good service", SOON, || answering(&lab, "us-b", url, 1).map(drop))?;
+        let words = ["get", "services", "-n", "production", "-l", "tombolo.dev/managed-by=tombolo.dev", "-o"];
+        let mut derived = String::new();
+        wait_until("the own cluster's Service of the import", SOON, || {
+            let path = "jsonpath={.items[*].metadata.name}";
+            derived = lab.kubectl("eu-west", &[&words[..], &[path]].concat(), "")?;
+            ensure!(derived.starts_with("tombolo-") && !derived.contains(' '), "{derived:?}");
+            Ok(())
+        })?;
+        let meta = |name: &str| serde_json::json!({ "name": name, "namespace": "production" });
+        let service = |name: &str, spec: serde_json::Value| serde_json::json!({ "apiVersion": "v1", "kind": "Service", "metadata": meta(name), "spec": spec });
+        let web = serde_json::json!([{ "name": "http", "port": 80 }]);
+        let mut items = vec![
+            service("outside", serde_json::json!({ "type": "ExternalName", "externalName": "example.org" })),
+            service(
+                "portless",
+                serde_json::json!({
+                    "selector": { "app": "api" }, "ports": [{ "name": "http", "port": 80, "targetPort": "nobody" }],
+                }),
+            ),
+            service("labelled", serde_json::json!({ "selector": { "app": "api" }, "ports": web })),
+            service("many", serde_json::json!({ "ports": web })),
+        ];
+        for part in 0..5 {
+            let endpoints: Vec<_> = (0..1000)
+                .map(|n| serde_json::json!({ "addresses": [format!("10.1.{}.{}", 100 + part * 4 + n / 250, n % 250)] }))
+                .collect();
+            let name = format!("many-{part}");
+            items.push(serde_json::json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+                "metadata": {
+                    "name": name, "namespace": "production", "labels": { "kubernetes.io/service-name": "many" },
+                },
+                "addressType": "IPv4", "ports": [{ "name": "http", "port": 8080 }], "endpoints": endpoints,
+            }));
+        }
+        for name in ["outside", "portless", "many", "missing", &derived] {
+            items.push(serde_json::json!({
+                "apiVersion": "multicluster.x-k8s.io/v1beta1", "kind": "ServiceExport", "metadata": meta(name),
+            }));
+        }
+        items.push(serde_json::json!({
+            "apiVersion": "multicluster.x-k8s.io/v1beta1", "kind": "ServiceExport", "metadata": meta("labelled"),
+            "spec": { "exportedLabels": { "team": "blue", "-x/../y": "z", "bad": "$(reboot)" } },
+        }));
+        lab.apply(
+            "eu-west",
+            &[],
+            &serde_json::json!({ "apiVersion": "v1", "kind": "List", "items": items }),
+        )?;
+        let condition = |name: &str, kind: &str| {
+            let path = format!(
+                "jsonpath={{range .status.conditions[?(@.type==\"{kind}\")]}}{{.status}} {{.reason}} {{.message}}{{end}}"
+            );
+            lab.kubectl("eu-west", &["get", "serviceexport", name, "-n", "production", "-o", &path], "")
+        };
+        for (name, kind, wanted) in [
+            ("outside", "Valid", "False InvalidServiceType "),
+            (&*derived, "Valid", "False InvalidServiceType "),
+            ("missing", "Valid", "False NoService "),
+            ("labelled", "Ready", "is left out"),
+            ("labelled", "Valid", "True Valid "),
+            ("portless", "Ready", "no backend serves any of its ports"),
+            ("many", "Ready", "True Exported "),
+        ] {
+            wait_until(&format!("condition {kind} of {name}"), SOON, || {
+                let told = condition(name, kind)?;
+                ensure!(told.contains(wanted), "{told:?}");
+                Ok(())
+            })
+            .with_context(|| tell(&lab, "eu-west"))?;
+        }
+        // All that can be used is.
+        wait_until("5,000 backends in the other cluster", SOON * 2, || {
+            let label = "multicluster.kubernetes.io/service-name=many";
+            let path = "jsonpath={range .items[*]}{range .endpoints[*]}{.addresses[0]}{\"\\n\"}{end}{end}";
+            let words = ["get", "endpointslices", "-n", "production", "-l", label, "-o", path];
+            let there: BTreeSet<String> =
+                lab.kubectl("us-east", &words, "")?.lines().map(str::to_owned).collect();
+            ensure!(there.len() == 5000, "{} are there", there.len());
+            Ok(())
+        })?;
+        let labels =
+            ["get", "serviceimport", "labelled", "-n", "production", "-o", "jsonpath={.metadata.labels}"];
+        let labels = lab.kubectl("us-east", &labels, "")?;
+        ensure!(labels.contains("\"team\":\"blue\"") && !labels.contains("reboot"), "{labels}");
+        let names = ["get", "serviceimports", "-n", "production", "-o", "jsonpath={.items[*].metadata.name}"];
+        let names = lab.kubectl("us-east", &names, "")?;
+        ensure!(
+            !names.contains("outside") && !names.contains("missing") && !names.contains("tombolo-"),
+            "{names}"
+        );
+        answering(&lab, "us-b", url, 5).map(drop)
+    });
+}
+
+/// Another controller follows one that dies: nothing is lost or withdrawn, and the cluster speaks above what it said.
+#[test]
+fn a_killed_leader_is_followed_by_another() {
+    scenario_kubernetes("a_killed_leader_is_followed_by_another", Duration::from_secs(300), || {
+        let lab = Lab::build(Topology::parse(KUBERNETES)?)?;
+        lab.bring_up()?;
+        lab.export("eu-west", "production", "api-service")?;
+        let url = "http://api-service.production.svc.clusterset.local:8080/health";
+        wait_until("the name in the other cluster", SOON, || answering(&lab, "us-b", url, 1).map(drop))?;
+        let lease = |path: &str| {
+            let path = format!("jsonpath={{{path}}}");
+            lab.kubectl("eu-west", &["get", "lease", "tombolo-controller", "-n", SYSTEM, "-o", &path], "")
+        };
+        // As the other cluster knows it: serial.generation.epoch.sequence.
+        let position = || -> Result<Vec<u64>> {
+            let words = ["get", "member", "eu-west", "-o", "jsonpath={.spec.position}"];
+            let text = lab.kubectl("us-east", &words, "")?;
+            let numbers = text.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty());
+            numbers.map(|number| number.parse().with_context(|| text.clone())).collect()
+        };
+        let holder = lease(".spec.holderIdentity")?;
+        let duration: u64 = lease(".spec.leaseDurationSeconds")?.parse()?;
+        let before = position()?;
+        let backend = lab.topology().pod("eu-a")?.v4;
+        let flow = lab.udp_flow("us-b", backend.into(), 500)?;
+        let victim = ["controller-eu-west-0", "controller-eu-west-1"]
+            .into_iter()
+            .find(|name| holder.contains(name))
+            .with_context(|| format!("{holder} leads"))?;
+        lab.kill_tree(victim, "controller")?;
+        let within = Duration::from_secs(duration * 2);
+        let took = wait_until("another leader", within, || {
+            let now = lease(".spec.holderIdentity")?;
+            ensure!(!now.is_empty() && now != holder, "{now} leads");
+            Ok(())
+        })?;
+        println!("measured another leads after {took:.1?}, the Lease is good for {duration} s");
+        lab.export("eu-west", "production", "db")?;
+        wait_until("what is exported under the new leader", SOON, || {
+            answering(&lab, "us-b", "http://db.production.svc.clusterset.local:8080/health", 1).map(drop)
+        })
+        .with_context(|| tell(&lab, "eu-west"))?;
+        // Positions are written down at leisure.
+        wait_until("its words to count above what was said", SOON * 2, || {
+            let after = position()?;
+            ensure!(after > before && after[2] > before[2], "spoke at {before:?}, and then at {after:?}");
+            Ok(())
+        })?;
+        let report = flow.stop_udp()?;
+        ensure!(report.lost == 0, "{} of {} packets lost", report.lost, report.sent);
+        answering(&lab, "us-b", url, 5).map(drop)
+    });
 }
 
 /// What a cluster's own objects say, for an error.
