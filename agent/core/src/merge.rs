@@ -32,7 +32,8 @@ impl Constituent<'_> {
 /// Reasons of condition `Conflict`, as mcs-api v0.5.0 writes them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Conflict {
-    /// Ports of one name that differ, or of one number that have other names.
+    /// Ports of one name that differ, or of one number that have other names; also ports that only one of them has: all
+    /// are united, but not all clusters serve all.
     Port,
     /// ClusterSetIP and Headless.
     Type,
@@ -97,6 +98,11 @@ pub struct Merged {
     pub conflicts: BTreeMap<Conflict, BTreeSet<ClusterId>>,
 }
 
+/// Ports without their order.
+fn set_of(ports: &[Port]) -> BTreeSet<(Option<&PortName>, Protocol, u16)> {
+    ports.iter().map(|port| (port.name.as_ref(), port.protocol, port.port)).collect()
+}
+
 /// Merges what clusters export under one name. None if nobody does.
 pub fn merge(constituents: &[Constituent<'_>]) -> Option<Merged> {
     let mut ordered: Vec<&Constituent<'_>> = constituents.iter().collect();
@@ -114,7 +120,7 @@ pub fn merge(constituents: &[Constituent<'_>]) -> Option<Merged> {
         exposed.insert(constituent.cluster.clone(), list);
         let seconds = |e: &Export| e.affinity.filter(|_| first.affinity.is_some());
         let differs = [
-            (Conflict::Port, !clean),
+            (Conflict::Port, !clean || set_of(&export.ports) != set_of(&first.ports)),
             (Conflict::Type, export.kind != first.kind),
             (Conflict::SessionAffinity, export.affinity.is_some() != first.affinity.is_some()),
             (Conflict::SessionAffinityConfig, seconds(export).is_some_and(|own| Some(own) != first.affinity)),

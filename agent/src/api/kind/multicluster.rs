@@ -305,7 +305,7 @@ pub fn write_import(key: &ServiceKey, import: &Import) -> Result<ServiceImportRe
         session_affinity_config: import.affinity.map(|limit| SessionAffinityConfig {
             client_ip: Some(ClientIPConfig { timeout_seconds: i32::try_from(limit.get()).ok() }),
         }),
-        internal_traffic_policy: import.internal_local.then(|| "Local".to_owned()),
+        internal_traffic_policy: Some(if import.internal_local { "Local" } else { "Cluster" }.to_owned()),
         traffic_distribution: import.traffic_distribution.clone(),
     };
     let clusters = import.clusters.iter().map(|c| ClusterStatus { cluster: c.to_string() }).collect();

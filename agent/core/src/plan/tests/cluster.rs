@@ -380,7 +380,7 @@ fn two_clusters_make_one_service() {
     assert_eq!(of("eu")[0].ports, [port("p80", 8080)], "mcs 20");
     assert_eq!(of("us")[0].ports, [port("p80", 8080), port("p81", 8081)]);
     assert_eq!(of("us")[0].backends, [backend("10.2.1.1")]);
-    assert_eq!(condition(&desired, "a/web", "Conflict"), no("NoConflicts"));
+    assert_eq!(condition(&desired, "a/web", "Conflict"), yes("PortConflict"), "us has a port more");
 
     let headless = Export { kind: ServiceType::Headless, ..us_export(&[80]) };
     let (desired, _) = plan(&with_us(world, "a/web", headless, &[]));

@@ -54,14 +54,22 @@ fn mcs_11_20_ports_are_united_and_each_goes_only_where_it_is_exposed() {
         [(port("manage", 9000), port("admin", 9000)), (port("extra", 7000), port("extra", 7000))]
     );
     assert_eq!(of(&c), [(port("extra", 7000), port("extra", 7000))]);
-    assert_eq!(result.conflicts, BTreeMap::from([(Conflict::Port, [b].into())]));
+    assert_eq!(result.conflicts, BTreeMap::from([(Conflict::Port, [b, c].into())]));
 }
 
 #[test]
-fn unequal_port_sets_are_no_conflict() {
+fn mcs_19_unequal_port_sets_are_united_and_a_conflict() {
     let (a, b) = (id("a"), id("b"));
     let (first, second) = (export(1, &[port("http", 80)]), export(2, &[port("grpc", 81)]));
     let result = merged(&[(&a, &first, 0), (&b, &second, 0)]);
+    assert_eq!(result.import.ports, [port("http", 80), port("grpc", 81)]);
+    assert_eq!(
+        result.conflicts,
+        BTreeMap::from([(Conflict::Port, [b].into())]),
+        "as the upstream suite wants it"
+    );
+    let other_order = (export(1, &[port("a", 1), port("b", 2)]), export(2, &[port("b", 2), port("a", 1)]));
+    let result = merged(&[(&id("a"), &other_order.0, 0), (&id("b"), &other_order.1, 0)]);
     assert!(result.conflicts.is_empty(), "{:?}", result.conflicts);
 }
 
