@@ -20,6 +20,8 @@ pub const STATE_DIR: &str = "/run/lab/state";
 pub const BROKER_KEY: &str = "broker.key";
 /// What a broker knows of the set, in its private directory; the same name in the administrator's.
 pub const BROKER_SET: &str = "broker.set";
+/// Devices that can be killed, whatever this machine's kernel has.
+const USERSPACE: &str = "--tunnel-driver=userspace";
 /// Where devices are asked for.
 pub const DEVICES_DIR: &str = "/run/tombolo/devices";
 
@@ -149,6 +151,7 @@ pub fn agent(node: &Node) -> Result<Vec<String>> {
             AGENT_ADMIN,
             "--devices-dir",
             DEVICES_DIR,
+            USERSPACE,
         ],
     )
 }
@@ -161,7 +164,7 @@ pub fn agent_in_cluster(role: &str, name: &str) -> Result<Vec<String>> {
     let (role, name) = (format!("--role={role}"), format!("--node={name}"));
     let admin = format!("--admin={AGENT_ADMIN}");
     let dirs = [format!("--state-dir={STATE_DIR}"), format!("--devices-dir={DEVICES_DIR}")];
-    line("tombolo-agent", &["--in-cluster", &role, &name, &admin, &dirs[0], &dirs[1]])
+    line("tombolo-agent", &["--in-cluster", &role, &name, &admin, &dirs[0], &dirs[1], USERSPACE])
 }
 
 /// `tombolo join --kubernetes` with the token on standard input: prints manifests.

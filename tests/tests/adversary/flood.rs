@@ -20,7 +20,7 @@ const BUDGET: f64 = 1000.0;
 const BUDGET_BUSY: f64 = 5000.0;
 /// Half of the honest changes take at most so many times as long as without the flood, in full runs. The work of the
 /// broker and of four agents is done on the same few cores; the liar's has what they leave.
-const RATIO: f64 = 1.5;
+const RATIO: f64 = 1.25;
 
 /// Measures the honest pair before the flood and during it. `flood` is called again and again, at most `rate` times a
 /// second, with a number that grows.
