@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use nix::sched::{CloneFlags, setns};
 use tombolo_agent::apply::device::TunnelDriver as _;
 use tombolo_agent::apply::driver::{Choice, Drivers};
+use tombolo_agent::apply::kernel::Kernel;
 use tombolo_agent::apply::key::DeviceKeys;
 use tombolo_agent::apply::{Appliers, Options, Writes};
 use tombolo_agent_core::desired::{NodeDesired, Peer, TunnelDevice};
@@ -180,6 +181,29 @@ fn the_kernels_wireguard_carries_and_is_chosen() {
     let said = String::from_utf8_lossy(&fs::read(&console).unwrap()).into_owned();
     println!("{said}");
     assert!(said.contains("guest ended with 0") && said.contains("1 passed"), "the guest failed: {said}");
+}
+
+/// A device is taken away for another one alone. (Where this machine's kernel has WireGuard, the virtual machine shows
+/// that it is changed.)
+#[test]
+fn a_kernel_without_wireguard_leaves_userspace_devices() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join(number(0).link());
+    fs::write(&file, b"").unwrap();
+    let thread = std::thread::spawn(move || {
+        nix::sched::unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let writes = Arc::new(Writes::default());
+            let (devices, sockets) = (directory.path().to_owned(), directory.path().join("sockets"));
+            let drivers = Drivers::open(Choice::Kernel, devices, sockets, writes).unwrap();
+            match drivers.create(number(0)).await {
+                Err(error) if Kernel::is_missing(&error) => assert!(file.is_file(), "{error}"),
+                other => println!("NOT RUN: this machine's kernel may have WireGuard: {other:?}"),
+            }
+        });
+    });
+    thread.join().unwrap();
 }
 
 // ---- inside
@@ -380,6 +404,14 @@ fn inside() {
     assert!(is_kernel(&far, 0), "it is asked for");
     serving.kill().unwrap();
     serving.wait().unwrap();
+
+    // Somebody else's of such a name is left alone.
+    ok("ip link add tombolo7 type wireguard");
+    near.run(Choice::Auto, async |_: &mut Appliers, drivers: &Drivers| {
+        assert_eq!(drivers.list().await.unwrap(), [number(0)].into());
+        assert!(drivers.create(number(7)).await.is_err());
+    });
+    ok("ip link delete tombolo7");
 
     // And nothing stays.
     near.run(Choice::Auto, async |_: &mut Appliers, drivers: &Drivers| {

@@ -107,6 +107,8 @@ impl TunnelDriver for Drivers {
             }
             Choice::Auto => {}
             Choice::Kernel if in_userspace => {
+                // What is there is taken away for something alone.
+                self.kernel.require().await?;
                 self.userspace.remove(number).await?;
                 return self.succeed(number).await;
             }

@@ -66,6 +66,16 @@ impl Kernel {
         Ok(Self { netlink, handle, task, writes })
     }
 
+    /// Fails if this kernel has no WireGuard. Loads its module, if it can.
+    ///
+    /// # Errors
+    /// As [`Kernel::is_missing`] knows it.
+    pub async fn require(&self) -> Result<(), DeviceError> {
+        let missing = || NetlinkError::Refused { errno: libc::EOPNOTSUPP, message: String::new() };
+        let family = self.handle.resolve_family::<WireguardMessage>().await;
+        family.map(drop).map_err(|_| DeviceError::Kernel(missing()))
+    }
+
     /// Whether an error says that this kernel has no WireGuard.
     pub fn is_missing(error: &DeviceError) -> bool {
         matches!(error, DeviceError::Kernel(error) if error.errno() == Some(libc::EOPNOTSUPP))
@@ -121,7 +131,14 @@ impl TunnelDriver for Kernel {
         let made =
             self.netlink.change(RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL).await;
         match made {
-            Ok(()) => Ok(true),
+            // At once: without its alias it is somebody else's, and never removed.
+            Ok(()) => {
+                let mut message = LinkMessage::default();
+                message.attributes.push(LinkAttribute::IfName(number.link()));
+                message.attributes.push(LinkAttribute::IfAlias(ALIAS.to_owned()));
+                let set = self.netlink.change(RouteNetlinkMessage::SetLink(message), 0).await;
+                set.map(|()| true).map_err(DeviceError::Kernel)
+            }
             Err(error) if error.errno() == Some(libc::EEXIST) => match self.list().await?.contains(&number) {
                 true => Ok(false),
                 false => Err(DeviceError::Foreign(number)),
@@ -163,19 +180,18 @@ impl TunnelDriver for Kernel {
 fn ours(message: &RouteNetlinkMessage) -> Option<DeviceNumber> {
     let RouteNetlinkMessage::NewLink(link) = message else { return None };
     let mut number = None;
-    let (mut kind, mut foreign) = (false, false);
+    let (mut kind, mut marked) = (false, false);
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::IfName(name) => number = device_number(name),
-            // One that was just made has none yet.
-            LinkAttribute::IfAlias(alias) => foreign = alias != ALIAS,
+            LinkAttribute::IfAlias(alias) => marked = alias == ALIAS,
             LinkAttribute::LinkInfo(infos) => {
                 kind = infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Wireguard)));
             }
             _ => {}
         }
     }
-    number.filter(|_| kind && !foreign)
+    number.filter(|_| kind && marked)
 }
 
 /// A state may come in several messages, and one peer in several parts.
