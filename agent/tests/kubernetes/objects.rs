@@ -1,6 +1,7 @@
 //! Observing and writing: round trips, repairs, conflicts, and nothing at rest.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use kube::Client;
@@ -26,8 +27,13 @@ use crate::server::{PATIENCE, Server, api_of, apply, get};
 
 /// Both roles of node n1.
 pub(crate) async fn connect(server: &Server) -> Kubernetes {
+    connect_as(server.admin_kubeconfig()).await
+}
+
+/// The same as whoever a kubeconfig is of.
+pub(crate) async fn connect_as(kubeconfig: PathBuf) -> Kubernetes {
     let scope = Scope { node: node("n1"), is_node: true, controller: true };
-    Kubernetes::connect(&Access::Kubeconfig(server.admin_kubeconfig()), &scope).await.unwrap()
+    Kubernetes::connect(&Access::Kubeconfig(kubeconfig), &scope).await.unwrap()
 }
 
 /// Waits until what is observed is as it should be.

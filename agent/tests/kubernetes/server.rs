@@ -12,6 +12,7 @@ use kube::core::{ApiResource, GroupVersionKind};
 use kube::{Client, Config, ResourceExt as _};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::net::TcpStream;
 
 /// Whatever is waited for is there after so long on the slowest machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
@@ -32,6 +33,12 @@ struct Programs {
     etcd: PathBuf,
     api: PathBuf,
     kubectl: PathBuf,
+}
+
+/// A connection to the API server without TLS, as the administrator.
+pub(crate) struct Proxy {
+    _kubectl: Running,
+    pub(crate) stream: TcpStream,
 }
 
 struct Running(Child);
@@ -83,7 +90,8 @@ impl Server {
         let key = rcgen::KeyPair::generate().unwrap();
         fs::write(directory.path().join("sa.key"), key.serialize_pem()).unwrap();
         fs::write(directory.path().join("sa.pub"), key.public_key_pem()).unwrap();
-        fs::write(directory.path().join("tokens.csv"), "admin,admin,admin,system:masters\n").unwrap();
+        let tokens = "admin,admin,admin,system:masters\nuser,user,user,users\n";
+        fs::write(directory.path().join("tokens.csv"), tokens).unwrap();
         let (etcd_port, peer, port) = (free_port(), free_port(), free_port());
         let etcd = Command::new(&programs.etcd)
             .arg(format!("--data-dir={}", directory.path().join("etcd").display()))
@@ -171,9 +179,38 @@ impl Server {
 
     /// The administrator's client.
     pub(crate) async fn admin(&self) -> Client {
-        let file = Kubeconfig::read_from(self.admin_kubeconfig()).unwrap();
+        self.client(self.admin_kubeconfig()).await
+    }
+
+    /// The client of whoever a kubeconfig is of.
+    pub(crate) async fn client(&self, kubeconfig: PathBuf) -> Client {
+        let file = Kubeconfig::read_from(kubeconfig).unwrap();
         let options = KubeConfigOptions::default();
-        Client::try_from(Config::from_custom_kubeconfig(file, &options).await.unwrap()).unwrap()
+        let mut config = Config::from_custom_kubeconfig(file, &options).await.unwrap();
+        // Who is sent away hears of it.
+        config.default_retry = false;
+        Client::try_from(config).unwrap()
+    }
+
+    /// Such a connection.
+    pub(crate) async fn proxy(&self) -> Proxy {
+        let port = free_port();
+        let kubectl = Command::new(&self.programs.kubectl)
+            .env("KUBECONFIG", self.admin_kubeconfig())
+            .arg("proxy")
+            .arg(format!("--port={port}"))
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let kubectl = Running(kubectl);
+        let start = Instant::now();
+        loop {
+            match TcpStream::connect(("127.0.0.1", port)).await {
+                Ok(stream) => return Proxy { _kubectl: kubectl, stream },
+                Err(error) => assert!(start.elapsed() < PATIENCE, "kubectl proxy does not answer: {error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// Runs kubectl as the administrator; its output, if it succeeds.
@@ -188,7 +225,7 @@ impl Server {
         if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
 
-    /// Installs the kinds, and the namespaces that tests use.
+    /// Installs the kinds, the namespaces that tests use, and the rights of the user, who may do all there is.
     pub(crate) async fn install(&self) -> Client {
         let client = self.admin().await;
         self.kubectl(&["apply", "--server-side", "-k", deploy("crds").to_str().unwrap()]).unwrap();
@@ -199,6 +236,15 @@ impl Server {
             });
             apply(&client, object).await;
         }
+        let users = json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
+            "metadata": { "name": "users" },
+            "roleRef": {
+                "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin",
+            },
+            "subjects": [{ "apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": "users" }],
+        });
+        apply(&client, users).await;
         client
     }
 
