@@ -23,6 +23,7 @@ use rtnetlink::packet_core::{
 };
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 use tombolo_proto::model::{DeviceNumber, WireguardKey};
 
@@ -42,6 +43,8 @@ const PEERS: usize = 200;
 pub struct Kernel {
     netlink: Netlink,
     handle: GenetlinkHandle,
+    /// As with other netlink sockets: one dump at a time.
+    dumping: Mutex<()>,
     task: AbortHandle,
     writes: Arc<Writes>,
 }
@@ -63,7 +66,7 @@ impl Kernel {
         connection.set_forward_ack(true);
         connection.set_forward_done(true);
         let task = tokio::spawn(connection).abort_handle();
-        Ok(Self { netlink, handle, task, writes })
+        Ok(Self { netlink, handle, dumping: Mutex::default(), task, writes })
     }
 
     /// Fails if this kernel has no WireGuard. Loads its module, if it can.
@@ -91,6 +94,7 @@ impl Kernel {
         let payload = WireguardMessage { cmd: command, attributes };
         let mut message = NetlinkMessage::from(GenlMessage::from_payload(payload));
         message.header.flags = NLM_F_REQUEST | flags;
+        let _one = if flags & NLM_F_DUMP != 0 { Some(self.dumping.lock().await) } else { None };
         let answers = self.handle.clone().request(message).await;
         let mut answers = std::pin::pin!(answers.map_err(|error| match error {
             genetlink::GenetlinkError::NetlinkError(error) => {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::StreamExt;
 use rtnetlink::Handle;
@@ -15,6 +16,7 @@ use rtnetlink::packet_route::link::{
 };
 use rtnetlink::sys::AsyncSocket;
 use thiserror::Error;
+use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 use tombolo_proto::model::DeviceNumber;
 
@@ -24,6 +26,8 @@ use super::Writes;
 const DUMP_INTERRUPTED: u16 = 0x10;
 /// A dump is read again so often when it was interrupted.
 const DUMP_ATTEMPTS: u32 = 8;
+/// Between two of these, where another one has not ended.
+const DUMP_PAUSE: Duration = Duration::from_millis(5);
 /// `NLMSGERR_ATTR_MSG`
 const EXTENDED_MESSAGE: u16 = 1;
 
@@ -63,6 +67,8 @@ fn extended(message: &str) -> String {
 /// A socket of the network namespace in which it was opened.
 pub struct Netlink {
     handle: Handle,
+    /// A socket has one dump at a time: the kernel refuses another (EBUSY).
+    dumping: Mutex<()>,
     task: AbortHandle,
     writes: Arc<Writes>,
 }
@@ -83,11 +89,12 @@ impl Netlink {
         let _ = connection.socket_mut().socket_mut().set_ext_ack(true);
         let _ = connection.socket_mut().socket_mut().set_cap_ack(true);
         let task = tokio::spawn(connection).abort_handle();
-        Ok(Self { handle, task, writes })
+        Ok(Self { handle, dumping: Mutex::default(), task, writes })
     }
 
     /// All that the kernel answers. A table that does not exist is empty.
     pub async fn dump(&self, request: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, NetlinkError> {
+        let _one = self.dumping.lock().await;
         for _ in 0..DUMP_ATTEMPTS {
             if let Some(all) = self.dump_once(request.clone()).await? {
                 return Ok(all);
@@ -116,6 +123,11 @@ impl Netlink {
                 }
                 NetlinkPayload::Error(error) if -error.raw_code() == libc::ENOENT => {
                     return Ok(Some(Vec::new()));
+                }
+                // Whoever wanted the last one waits for it no more, and it has not ended yet.
+                NetlinkPayload::Error(error) if -error.raw_code() == libc::EBUSY => {
+                    tokio::time::sleep(DUMP_PAUSE).await;
+                    return Ok(None);
                 }
                 NetlinkPayload::Error(error) => return Err(refused(&error)),
                 _ => interrupted = true,
