@@ -160,6 +160,7 @@ impl Faults {
 
     fn enact(&mut self, lab: &Lab, list: Vec<Fault>) -> Result<()> {
         rules::apply(lab, &list)?;
+        segments(lab, &list, &self.list)?;
         let (stay, go) = std::mem::take(&mut self.delays).into_iter().partition(|(f, _)| list.contains(f));
         self.delays = stay;
         for (_, delay) in go {
@@ -187,4 +188,24 @@ impl Faults {
         self.list = list;
         Ok(())
     }
+}
+
+/// While packets are judged one by one, nodes hand them over one by one: what a sender gives the kernel in one piece (TSO,
+/// `UDP_SEGMENT`) passes links of this machine in one piece, and would be judged as one.
+fn segments(lab: &Lab, list: &[Fault], before: &[Fault]) -> Result<()> {
+    let counts = |list: &[Fault]| {
+        let one = |f: &Fault| {
+            matches!(f, Fault::Loss { .. } | Fault::EveryNth { .. } | Fault::Mtu { .. } | Fault::Rate { .. })
+        };
+        list.iter().any(one)
+    };
+    if counts(list) == counts(before) {
+        return Ok(());
+    }
+    // As links are made: GSO_MAX_SEGS.
+    let most = if counts(list) { 1 } else { 65535 };
+    for node in lab.topology().nodes() {
+        lab.place(&node.name)?.ip(&format!("link set eth0 gso_max_segs {most}\n"))?;
+    }
+    Ok(())
 }
