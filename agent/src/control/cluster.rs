@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tombolo_agent_core::bucket::Bucket;
 use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::known::{Known, Objects};
+use tombolo_agent_core::object::ServiceKey;
 use tombolo_agent_core::plan::piece::{self, OwnPlan};
 use tombolo_agent_core::shelf::Shelf;
 use tombolo_agent_core::speak::{Turn, Voice};
@@ -106,8 +107,8 @@ impl Input {
             || (old.nodes == new.nodes
                 && old.tunnel_nodes == new.tunnel_nodes
                 && old.namespaces == new.namespaces
-                && old.services == new.services
                 && old.exports == new.exports
+                && is_same_exported(&old.services, &new.services, &new.exports)
                 && old.backends == new.backends
                 && old.clusterset == new.clusterset);
         same && self.frame.own == other.frame.own && self.stated == other.stated
@@ -530,6 +531,20 @@ impl Controller {
     fn finding(&self, reason: &'static str, message: &str) -> Finding {
         let object = format!("cluster {}", self.cluster);
         Finding { severity: Severity::Error, reason, object, message: message.to_owned() }
+    }
+}
+
+/// Whether no exported service is another: of all others nothing is said, and those that carry imports come by the thousand.
+fn is_same_exported<V: PartialEq, E>(
+    old: &Known<Shelf<ServiceKey, V>>,
+    new: &Known<Shelf<ServiceKey, V>>,
+    exports: &Known<Shelf<ServiceKey, E>>,
+) -> bool {
+    match (old, new, exports) {
+        (Known::Yes(old), Known::Yes(new), Known::Yes(exports)) => {
+            new.changed(old).into_iter().all(|key| !exports.contains_key(key))
+        }
+        _ => old == new,
     }
 }
 

@@ -81,6 +81,23 @@ pub(super) struct Tables {
     unmerged: BTreeSet<ServiceKey>,
     /// Sources of the small parts that are others since.
     dirty: BTreeSet<Source>,
+    /// What is wrong with single objects.
+    wrong: BTreeMap<(Source, Name), Vec<Finding>>,
+}
+
+/// What is wrong with an object.
+fn wrong(source: Source, name: &Name, entry: &Entry) -> Vec<Finding> {
+    let mut problems = Vec::new();
+    let stays = if entry.object.is_some() { "; what was good before stays in use" } else { "" };
+    if let Some(problem) = &entry.problem {
+        problems.push(Problem { message: format!("{}{stays}", problem.message), ..problem.clone() });
+    }
+    if let Some(Object::Import { ours: false, .. }) = entry.object.as_deref() {
+        let text = "somebody else made it, and no cluster exports this name, so it is left alone and not \
+                    used; remove it, and write a ServiceExport in the cluster that has the service";
+        problems.push(Problem::warning("ServiceImportByHand", text));
+    }
+    problems.into_iter().map(|problem| problem.on(name.shown(source), "the cluster's API")).collect()
 }
 
 impl Tables {
@@ -147,7 +164,16 @@ impl Tables {
     /// Makes an object of what was told so, and all that is observed of it. Nothing before the first full list. True if
     /// it was there.
     fn tell(&mut self, source: Source, name: Name, entry: Option<Entry>) -> bool {
-        let Some(told) = &mut self.kept(source).told else { return false };
+        if self.kept(source).told.is_none() {
+            return false;
+        }
+        let wrong = entry.as_ref().map(|entry| wrong(source, &name, entry)).unwrap_or_default();
+        if wrong.is_empty() {
+            self.wrong.remove(&(source, name.clone()));
+        } else {
+            self.wrong.insert((source, name.clone()), wrong);
+        }
+        let told = self.kept(source).told.get_or_insert_default();
         let new = entry.as_ref().and_then(|entry| entry.object.clone());
         let old = match entry {
             Some(entry) => told.insert(name.clone(), entry),
@@ -453,21 +479,8 @@ impl Tables {
                     message: format!("cannot be watched: {trouble}; what was told last stays in use"),
                 });
             }
-            for (name, entry) in kept.told.iter().flatten() {
-                let stays = if entry.object.is_some() { "; what was good before stays in use" } else { "" };
-                if let Some(problem) = &entry.problem {
-                    let problem =
-                        Problem { message: format!("{}{stays}", problem.message), ..problem.clone() };
-                    findings.push(problem.on(name.shown(*source), "the cluster's API"));
-                }
-                if let Some(Object::Import { ours: false, .. }) = entry.object.as_deref() {
-                    let text = "somebody else made it, and no cluster exports this name, so it is left alone and not \
-                                used; remove it, and write a ServiceExport in the cluster that has the service";
-                    let problem = Problem::warning("ServiceImportByHand", text);
-                    findings.push(problem.on(name.shown(*source), "the cluster's API"));
-                }
-            }
         }
+        findings.extend(self.wrong.values().flatten().cloned());
         findings.sort();
         findings.dedup();
         findings

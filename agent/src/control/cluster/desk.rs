@@ -158,7 +158,8 @@ impl Desk {
         }
         let before = self.world.replace(world);
         let first = self.own.is_none();
-        let changed = said.own.changed(self.own.as_deref());
+        let same = self.own.as_ref().is_some_and(|own| Arc::ptr_eq(own, &said.own));
+        let changed = if same { BTreeSet::new() } else { said.own.changed(self.own.as_deref()) };
         (self.frame, self.own) = (Some(said.frame.clone()), Some(said.own.clone()));
         match before {
             Some(before) if !first => {

@@ -1,7 +1,7 @@
 //! What the leader writes for the other clusters: their Members, imports and slices. Beside the voice, which waits for
 //! none of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -9,6 +9,8 @@ use anyhow::{Context as _, Result};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tombolo_agent_core::object::{ExportStatus, ServiceKey};
+use tombolo_agent_core::plan::piece::OwnPlan;
+use tombolo_agent_core::shelf::Shelf;
 use tombolo_proto::model::ClusterId;
 use tracing::{debug, warn};
 
@@ -45,7 +47,17 @@ struct Work {
     start: Instant,
     /// There between batches.
     desk: Option<Desk>,
+    statuses: Statuses,
     scrubbed: Instant,
+}
+
+/// What the statuses of ServiceExports were looked at with last.
+#[derive(Default)]
+struct Statuses {
+    own: Option<Arc<OwnPlan>>,
+    shown: Shelf<ServiceKey, ExportStatus>,
+    /// Those that may be others now.
+    odd: BTreeSet<ServiceKey>,
 }
 
 /// Works until `stop`.
@@ -125,7 +137,8 @@ async fn members(hands: &Hands, stop: &CancellationToken) -> Result<()> {
 async fn services(hands: &Hands, stop: &CancellationToken) -> Result<()> {
     let mut news = News::of(hands);
     let now = Instant::now();
-    let mut work = Work { hands: hands.clone(), start: now, desk: None, scrubbed: now };
+    let mut work =
+        Work { hands: hands.clone(), start: now, desk: None, statuses: Statuses::default(), scrubbed: now };
     loop {
         let (now, _) = news.take();
         let wait = work.round(&now).await?;
@@ -153,7 +166,7 @@ impl Work {
             return Ok(RESYNC);
         }
         let Some(said) = self.hands.said.borrow().clone() else {
-            self.desk = None;
+            (self.desk, self.statuses) = (None, Statuses::default());
             self.hands.shown.tell(Part::Services, Vec::new());
             return Ok(RESYNC);
         };
@@ -218,6 +231,7 @@ impl Work {
             good &= self.write(&mut batch, writes).await;
             let (took, services) = (planned + begun.elapsed(), batch.keys.len());
             debug!(cause = ?batch.cause, services, objects, ?took, waiting = desk.waiting(), "planned");
+            self.statuses.odd.extend(batch.keys.iter().cloned());
             // Waiting for the API costs nobody anything.
             let used = planned.saturating_add(OBJECT * objects);
             desk.settle(batch, good, self.start.elapsed(), used);
@@ -246,23 +260,40 @@ impl Work {
     }
 
     /// Those that are shown otherwise than they should be.
-    async fn statuses(&self, observed: &Observed, said: &Said, desk: &Desk, writes: &mut Writes<'_>) {
+    async fn statuses(&mut self, observed: &Observed, said: &Said, desk: &Desk, writes: &mut Writes<'_>) {
         let Some(shown) = observed.statuses.get() else { return };
+        let Statuses { own, shown: before, odd } = &mut self.statuses;
+        if own.as_ref().is_none_or(|own| !Arc::ptr_eq(own, &said.own)) {
+            let old = own.as_ref().map(|own| &own.statuses);
+            let new = said.own.statuses.iter();
+            let differs = |(key, status): &(&ServiceKey, &ExportStatus)| {
+                old.and_then(|old| old.get(*key)) != Some(*status)
+            };
+            odd.extend(new.filter(differs).map(|(key, _)| key.clone()));
+            *own = Some(said.own.clone());
+        }
+        odd.extend(shown.changed(before).into_iter().cloned());
+        *before = shown.clone();
         let mut changed: BTreeMap<ServiceKey, ExportStatus> = BTreeMap::new();
-        for (key, status) in &said.own.statuses {
+        for key in std::mem::take(odd) {
             // Not stamped yet, or gone.
-            let Some(there) = shown.get(key) else { continue };
+            let (Some(status), Some(there)) = (said.own.statuses.get(&key), shown.get(&key)) else {
+                continue;
+            };
             let mut status = status.clone();
-            let conflict = desk.conflict(key).map(|conflict| ("Conflict".to_owned(), conflict.clone()));
+            let conflict = desk.conflict(&key).map(|conflict| ("Conflict".to_owned(), conflict.clone()));
             status.conditions.extend(conflict);
             if status.conditions.iter().any(|(kind, value)| there.conditions.get(kind) != Some(value)) {
-                changed.insert(key.clone(), status);
+                changed.insert(key, status);
             }
         }
         if !changed.is_empty() {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
             let write = self.hands.api.apply_statuses(&changed, now);
-            writes.attempt("statuses of ServiceExports are not written", write).await;
+            let written = writes.attempt("statuses of ServiceExports are not written", write).await;
+            if written.is_none() {
+                self.statuses.odd.extend(changed.into_keys());
+            }
         }
     }
 }
