@@ -106,6 +106,7 @@ pub async fn run(
         };
         let stop = stop.clone();
         tasks.spawn(async move { node.run(stop).await.context("the node's loop") });
+            untold: true,
     }
     if config.role.contains(&Role::Controller) {
         let (me, shown, stop) = (name.to_string(), shown.clone(), stop.clone());

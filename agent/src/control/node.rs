@@ -81,6 +81,8 @@ pub struct Node {
     /// Where nodes of other clusters see this one. Looked at in passes that others cause: whoever says another address
     /// with every hello shall cause none.
     pub seen: watch::Receiver<BTreeMap<ClusterId, BTreeSet<IpAddr>>>,
+    /// What this node is may not be told yet, whatever is shown: true at first.
+    pub untold: bool,
     /// To the admin pages.
     pub shown: Arc<Shown>,
 }
@@ -373,7 +375,7 @@ impl Node {
 
     /// Says what this node is, where the cluster's controller reads it. False if that failed.
     async fn announce(
-        &self,
+        &mut self,
         observed: &Observed,
         underlay: &Underlay,
         members: Option<&Arc<Members>>,
@@ -399,9 +401,12 @@ impl Node {
         let before = || published.map(|published| &published.unreached);
         value.unreached = unreached.or_else(before).cloned().unwrap_or_default();
         value.outside = outside.clone();
-        if published != Some(&value) {
+        if published != Some(&value) || self.untold {
+            self.untold = true;
             match self.api.write_tunnel_node(&self.name, &value).await {
+                Ok(written) if written.is_nothing() => self.untold = false,
                 Ok(_) => {
+                    self.untold = false;
                     info!(candidates = ?value.candidates, outside = ?value.outside, "told what this node is")
                 }
                 Err(error) => {

@@ -176,7 +176,7 @@ async fn manifests_are_clean_and_grant_what_is_needed_and_nothing_else() {
     };
     let cause = tokio::time::timeout(crate::server::PATIENCE, foreign).await.expect("another's is refused");
     assert!(cause.contains("only the TunnelNode of its own node") && cause.contains("n1"), "{cause}");
-    assert_eq!(api.write_tunnel_node(&node("n1"), &value).await.unwrap().written, 1);
+    assert_eq!(api.write_tunnel_node(&node("n1"), &value).await.unwrap().written, 2);
     assert!(get(&client, "tombolo.dev/v1alpha1", "TunnelNode", "", "n2").await.is_none());
     // A token that was stolen off no pod is no node's.
     let loose = connect(&server, "loose", &token(&server, "tombolo-node", None), true).await;

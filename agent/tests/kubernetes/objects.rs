@@ -147,7 +147,7 @@ async fn what_people_write_is_observed_and_what_is_written_is_kept_so() {
     adoption(&client, &api, &mut observed).await;
     statuses(&client, &api, &mut observed).await;
     events(&server, &api, &mut observed).await;
-    own_kinds(&api, &mut observed).await;
+    own_kinds(&server, &api, &mut observed).await;
     properties(&client, &api).await;
     lead(&api).await;
 }
@@ -484,7 +484,11 @@ fn member(serial: u64) -> Member {
     }
 }
 
-async fn own_kinds(api: &Kubernetes, observed: &mut watch::Receiver<std::sync::Arc<Observed>>) {
+async fn own_kinds(
+    server: &Server,
+    api: &Kubernetes,
+    observed: &mut watch::Receiver<std::sync::Arc<Observed>>,
+) {
     let us = cluster("us");
     // More records than one shard takes.
     let record = |n: usize| {
@@ -518,8 +522,12 @@ async fn own_kinds(api: &Kubernetes, observed: &mut watch::Receiver<std::sync::A
         prefixes: ["10.1.1.0/24".parse().unwrap()].into(),
         unreached: [us].into(),
     };
-    assert_eq!(api.write_tunnel_node(&node("n1"), &value).await.unwrap().written, 1);
+    // It, and its status.
+    assert_eq!(api.write_tunnel_node(&node("n1"), &value).await.unwrap().written, 2);
     assert!(api.write_tunnel_node(&node("n1"), &value).await.unwrap().is_nothing());
+    let reached = server.kubectl(&["get", "tunnelnode", "n1"]).unwrap();
+    assert!(reached.contains("REACHED") && reached.contains("False"), "{reached}");
+    server.kubectl(&["wait", "--for=condition=Reached=False", "tunnelnode/n1", "--timeout=5s"]).unwrap();
     until(observed, "the node's word", |now| {
         now.tunnel_nodes.get().and_then(|all| all.get(&node("n1"))) == Some(&value)
     })

@@ -23,6 +23,18 @@ fn holds(now: &Observed) -> bool {
         && now.slices.is_known()
 }
 
+/// Lists of ServiceExports that the API server has answered since it began; nobody else makes any.
+fn lists(server: &Server) -> usize {
+    let metrics = server.kubectl(&["get", "--raw=/metrics"]).unwrap();
+    let of = |line: &&str| {
+        line.starts_with("apiserver_request_total{")
+            && ["verb=\"LIST\"", "resource=\"serviceexports\"", "code=\"200\""]
+                .iter()
+                .all(|label| line.contains(label))
+    };
+    metrics.lines().filter(of).count()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_api_server_that_goes_and_comes_withdraws_nothing() {
     let Some(mut server) = Server::start().await else { return };
@@ -81,6 +93,9 @@ async fn an_api_server_that_goes_and_comes_withdraws_nothing() {
         let took = back.elapsed();
         println!("measured caught up {took:?} after the API server came back");
         assert!(took < Duration::from_secs(5) * 2, "caught up only after {took:?}");
+        // Where it was is too old for an API server that has just begun (410): it lists anew, which it does for no other
+        // reason.
+        assert!(lists(&server) > 0, "410 was not met");
     }
     let seen = watching.await.unwrap();
     assert!(seen.as_ref().is_ok_and(|count| *count > 0), "something was withdrawn: {seen:?}");

@@ -12,7 +12,7 @@ use tombolo_proto::model::{ClusterId, Record, RecordKey};
 use tombolo_proto::trust::{Digest, Envelope, Grant, Membership};
 use tombolo_proto::wire::{self, MembershipParts};
 
-use super::{Kind, ObjectId, Problem, bad, envelope_text, own_meta, read_envelope, time};
+use super::{Kind, ObjectId, Problem, bad, condition, envelope_text, own_meta, read_envelope};
 use crate::api::observed::Member;
 
 /// `spec` of a Member; its name is the cluster's id.
@@ -181,17 +181,9 @@ pub fn write_status(
         Some(false) => "False",
         None => "Unknown",
     };
-    let known =
-        was.iter().flat_map(|was| &was.conditions).find(|c| c.type_ == "Reached" && c.status == status);
-    let condition = meta::Condition {
-        type_: "Reached".to_owned(),
-        status: status.to_owned(),
-        reason: standing.reason.to_owned(),
-        message: standing.message.clone(),
-        last_transition_time: known.map_or_else(|| time(now), |known| known.last_transition_time.clone()),
-        observed_generation: generation,
-    };
-    MemberStatus { conditions: vec![condition] }
+    let was = was.map(|was| was.conditions.as_slice()).unwrap_or_default();
+    let value = (status, standing.reason, standing.message.as_str());
+    MemberStatus { conditions: vec![condition(was, "Reached", value, generation, now)] }
 }
 
 /// A member. Nothing in it is verified here.

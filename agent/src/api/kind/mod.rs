@@ -20,7 +20,7 @@ mod tests;
 
 use std::fmt;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, Time};
 use k8s_openapi::jiff;
 use prost::Message;
 use serde::Serialize;
@@ -370,6 +370,25 @@ pub fn read_envelope(field: &str, text: &str) -> Result<Envelope, Problem> {
     let value = pb::Envelope::decode(bytes.as_slice())
         .map_err(|_| bad(format!("spec.{field} is not a signed document")))?;
     wire::decode_envelope(&value).map_err(|e| bad(format!("spec.{field}: {e}")))
+}
+
+/// A condition to write: status, reason and message. One whose status is what it `was` keeps its time; `now`: unix seconds.
+fn condition(
+    was: &[Condition],
+    kind: &str,
+    (status, reason, message): (&str, &str, &str),
+    generation: Option<i64>,
+    now: u64,
+) -> Condition {
+    let known = was.iter().find(|c| c.type_ == kind && c.status == status);
+    Condition {
+        type_: kind.to_owned(),
+        status: status.to_owned(),
+        reason: reason.to_owned(),
+        message: message.to_owned(),
+        last_transition_time: known.map_or_else(|| time(now), |known| known.last_transition_time.clone()),
+        observed_generation: generation,
+    }
 }
 
 /// Unix seconds as the API writes them.

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 use tombolo_agent_core::object::TunnelNode;
@@ -12,7 +13,7 @@ use tombolo_proto::model::{
     ClusterId, Device, DeviceNumber, Endpoint, Family, NodeName, Prefix, WireguardKey,
 };
 
-use super::{Kind, ObjectId, Problem, bad, own_meta};
+use super::{Kind, ObjectId, Problem, bad, condition, own_meta};
 
 /// Clusters of a set are fewer.
 pub const MAX_UNREACHED: usize = 10_000;
@@ -27,6 +28,12 @@ pub const MAX_UNREACHED: usize = 10_000;
     plural = "tunnelnodes",
     shortname = "tnode",
     category = "tombolo",
+    status = "TunnelNodeStatus",
+    printcolumn(
+        name = "Reached",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Reached\")].status"
+    ),
     printcolumn(name = "Address", type_ = "string", json_path = ".spec.candidates[0]"),
     printcolumn(name = "Pods", type_ = "string", json_path = ".spec.prefixes"),
     printcolumn(name = "Unreached", type_ = "string", json_path = ".spec.unreached"),
@@ -58,6 +65,14 @@ pub struct TunnelNodeSpec {
     pub unreached: BTreeSet<ClusterId>,
 }
 
+/// `status` of a TunnelNode, for people only.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+pub struct TunnelNodeStatus {
+    /// Reached: whether a way from it leads to every other cluster.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<meta::Condition>,
+}
+
 /// A device of a node.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq)]
 pub struct DeviceSpec {
@@ -87,7 +102,31 @@ pub fn write(node: &NodeName, value: &TunnelNode) -> Result<TunnelNodeResource, 
         prefixes: value.prefixes.clone(),
         unreached: value.unreached.clone(),
     };
-    Ok(TunnelNodeResource { metadata: own_meta(&id), spec })
+    Ok(TunnelNodeResource { metadata: own_meta(&id), spec, status: None })
+}
+
+/// The status to write. A condition whose status is what it was keeps its time; `now`: unix seconds.
+pub fn write_status(
+    value: &TunnelNode,
+    was: Option<&TunnelNodeStatus>,
+    generation: Option<i64>,
+    now: u64,
+) -> TunnelNodeStatus {
+    let few: Vec<&str> = value.unreached.iter().take(10).map(ClusterId::as_str).collect();
+    let more = value.unreached.len() - few.len();
+    let (status, reason, message) = match (few.as_slice(), more) {
+        ([], _) => ("True", "AllReached", "a way from this node leads to every other cluster".to_owned()),
+        (few, 0) => ("False", "Unreached", format!("no way from this node leads to {}", few.join(", "))),
+        (few, more) => (
+            "False",
+            "Unreached",
+            format!("no way from this node leads to {} and {more} more", few.join(", ")),
+        ),
+    };
+    let was = was.map(|was| was.conditions.as_slice()).unwrap_or_default();
+    TunnelNodeStatus {
+        conditions: vec![condition(was, "Reached", (status, reason, &message), generation, now)],
+    }
 }
 
 /// Our value.

@@ -31,6 +31,7 @@ use tombolo_agent_core::object::{
 use tombolo_agent_core::standing::Standing;
 use tombolo_proto::model::{ClusterId, NodeName, Record, RecordKey};
 use tombolo_proto::trust::SigningKey;
+use tracing::warn;
 
 use super::kind::{
     Kind, ObjectId, Problem, cluster_set, json as to_json, member, multicluster, secret, slice, tunnel_node,
@@ -399,11 +400,7 @@ impl ClusterApi for Kubernetes {
             let value = member::write_status(standing, was.as_ref(), generation, now);
             before = was.as_ref().map(|was| was.conditions.clone()).unwrap_or_default();
             after.clone_from(&value.conditions);
-            // The generation grows with every word of the member: that alone is no news.
-            let same = |a: &Condition, b: &Condition| {
-                (&a.status, &a.reason, &a.message) == (&b.status, &b.reason, &b.message)
-            };
-            let is = before.len() == 1 && same(&before[0], &after[0]);
+            let is = says_the_same(Some(&*before), &after);
             Ok((!is).then(|| json!({ "metadata": {}, "status": value })))
         };
         self.fence.check().await?;
@@ -426,8 +423,26 @@ impl ClusterApi for Kubernetes {
     async fn write_tunnel_node(&self, node: &NodeName, value: &TunnelNode) -> Result<Applied, Error> {
         let id = own(ObjectId::cluster(Kind::TunnelNode, node.as_str()))?;
         let body = to_json(&own(tunnel_node::write(node, value))?);
-        let is = |there: &Object| matches!(there, Object::TunnelNode(_, there) if there == value);
-        Ok(Applied { written: usize::from(self.write_own(id, body, is).await?), deleted: 0 })
+        let is = |there: &Object| matches!(there, Object::TunnelNode(_, there, _) if there == value);
+        let mut written = usize::from(self.write_own(id.clone(), body, is).await?);
+        let wanted = |there: Option<&Entry>| {
+            let Some(Object::TunnelNode(_, _, was)) = object(there) else { return Ok(None) };
+            let generation = there.and_then(|entry| entry.generation);
+            let status = tunnel_node::write_status(value, was.as_ref(), generation, unix());
+            Ok((!says_the_same(was.as_ref().map(|was| &*was.conditions), &status.conditions))
+                .then(|| json!({ "metadata": {}, "status": status })))
+        };
+        match self.writer.apply(&id, Part::Status, wanted).await {
+            Ok(entry) => written += usize::from(entry.is_some()),
+            // Manifests that are older than this agent. It is for people alone.
+            Err(error @ (Error::Refused { .. } | Error::Conflict { .. })) => {
+                warn!(
+                    "the status of {id} is not written; are the manifests in deploy/ of this version? {error}"
+                );
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(Applied { written, deleted: 0 })
     }
 
     async fn delete_tunnel_node(&self, node: &NodeName) -> Result<Applied, Error> {
@@ -495,6 +510,14 @@ fn main_part(mut body: Value) -> Value {
         object.remove("status");
     }
     body
+}
+
+/// Whether conditions are as they were, but for the generation: it grows with every word, and that alone is no news.
+fn says_the_same(was: Option<&[Condition]>, now: &[Condition]) -> bool {
+    let same = |(a, b): (&Condition, &Condition)| {
+        (&a.type_, &a.status, &a.reason, &a.message) == (&b.type_, &b.status, &b.reason, &b.message)
+    };
+    was.is_some_and(|was| was.len() == now.len() && was.iter().zip(now).all(same))
 }
 
 fn count(written: Vec<bool>) -> usize {

@@ -15,6 +15,7 @@ use tombolo_proto::model::{ClusterId, Namespace, NodeName, Prefix, Record};
 
 use crate::api::kind::member::MemberStatus;
 use crate::api::kind::multicluster::{ServiceExportStatus, ServiceImportStatus};
+use crate::api::kind::tunnel_node::TunnelNodeStatus;
 use crate::api::kind::{
     Kind, Problem, bad, cluster_set, derived, identity, member, multicluster, node, service, slice,
     tunnel_node, typed,
@@ -164,7 +165,7 @@ pub(super) enum Object {
     Slice(SliceKey, Arc<Slice>),
     Member(ClusterId, Member, Option<MemberStatus>),
     MemberNodes(ClusterId, u32, Vec<Record>),
-    TunnelNode(NodeName, TunnelNode),
+    TunnelNode(NodeName, TunnelNode, Option<TunnelNodeStatus>),
     ClusterSet(ClusterSet),
     ServiceCidr(BTreeSet<Prefix>),
     /// Name and value, and whether it is ours.
@@ -245,8 +246,9 @@ pub(super) fn read(source: Source, value: &mut Value) -> Result<Object, Problem>
             Ok(Object::MemberNodes(cluster, shard, records))
         }
         Kind::TunnelNode => {
-            let (name, value) = tunnel_node::read(&typed(value)?)?;
-            Ok(Object::TunnelNode(name, value))
+            let object: tunnel_node::TunnelNodeResource = typed(value)?;
+            let (name, value) = tunnel_node::read(&object)?;
+            Ok(Object::TunnelNode(name, value, object.status))
         }
         Kind::ClusterSet => {
             let id = identity(kind, value)?;

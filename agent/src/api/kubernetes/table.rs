@@ -425,7 +425,7 @@ impl Tables {
         }
         if is(&[Source::Kind(Kind::TunnelNode)]) {
             let tunnel_nodes = self.known(Kind::TunnelNode, |object| match object {
-                Object::TunnelNode(name, value) => Some((name.clone(), value.clone())),
+                Object::TunnelNode(name, value, _) => Some((name.clone(), value.clone())),
                 _ => None,
             });
             observed.tunnel_nodes = yes(tunnel_nodes.map(Iterator::collect));
