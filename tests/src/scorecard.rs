@@ -62,8 +62,15 @@ impl Budget {
 /// # Errors
 /// If the file is malformed: a test reads it, so no release has one that is.
 pub fn budgets() -> Result<&'static BTreeMap<String, Budget>> {
-    static PARSED: LazyLock<Result<BTreeMap<String, Budget>, String>> =
-        LazyLock::new(|| serde_saphyr::from_str(BUDGETS).map_err(|e| format!("tests/budgets.yaml: {e}")));
+    static PARSED: LazyLock<Result<BTreeMap<String, Budget>, String>> = LazyLock::new(|| {
+        let all: BTreeMap<String, Budget> =
+            serde_saphyr::from_str(BUDGETS).map_err(|e| format!("tests/budgets.yaml: {e}"))?;
+        // The line of a figure is read word by word.
+        match all.iter().find(|(_, budget)| budget.unit.contains(char::is_whitespace)) {
+            Some((event, _)) => Err(format!("tests/budgets.yaml: the unit of {event} is more than one word")),
+            None => Ok(all),
+        }
+    });
     PARSED.as_ref().map_err(|e| anyhow::anyhow!("{e}"))
 }
 

@@ -482,7 +482,7 @@ fn many(lab: &Lab, (from, to): &(Admin, Admin), count: usize) -> Result<Duration
     let writes = rest(&[from, to], Duration::from_secs(if strict() { 60 } else { 10 }))?;
     measured("kubernetes-writes-at-rest", writes, "writes")?;
     let bare = bare(from, to, lab)?;
-    measured("kubernetes-bulk", took.as_secs_f64() / bare.as_secs_f64(), "times a bare loop")?;
+    measured("kubernetes-bulk", took.as_secs_f64() / bare.as_secs_f64(), "times")?;
     Ok(known)
 }
 
