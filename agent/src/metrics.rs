@@ -67,6 +67,8 @@ pub struct Metrics {
     pub sessions: Family<BrokerLabel, Gauge>,
     /// Peers by cluster.
     pub peers: Family<ClusterLabel, Gauge>,
+    /// What the narrowest path to a cluster carries, bytes.
+    pub path_mtu: Family<ClusterLabel, Gauge>,
 }
 
 impl Metrics {
@@ -86,6 +88,7 @@ impl Metrics {
             refusals: Counter::default(),
             sessions: Family::default(),
             peers: Family::default(),
+            path_mtu: Family::default(),
             registry: Mutex::new(Registry::default()),
         };
         let version = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
@@ -113,6 +116,8 @@ impl Metrics {
         registry.register("refusals", "Documents and statements refused", metrics.refusals.clone());
         registry.register("broker_sessions", "Sessions with brokers", metrics.sessions.clone());
         registry.register("peers", "Tunnel peers by cluster", metrics.peers.clone());
+        let text = "The longest packet that every path to a cluster carries";
+        registry.register("path_mtu_bytes", text, metrics.path_mtu.clone());
         Self { registry: Mutex::new(registry), ..metrics }
     }
 }

@@ -215,10 +215,10 @@ fn route(table: u32, to: &str, devices: &[u8]) -> Route {
         Family::V6 => address("fd00:18:1::3"),
     };
     if devices.is_empty() {
-        return Route { table, prefix: to, via: Via::Unreachable, source: None };
+        return Route { table, prefix: to, via: Via::Unreachable, source: None, mtu: None };
     }
     let via = Via::Devices(devices.iter().map(|n| number(*n)).collect());
-    Route { table, prefix: to, via, source: (table == TABLE_OUT).then_some(source) }
+    Route { table, prefix: to, via, source: (table == TABLE_OUT).then_some(source), mtu: None }
 }
 
 fn rules(devices: &[u8]) -> BTreeSet<Rule> {
@@ -252,7 +252,7 @@ fn firewall() -> Firewall {
         vips: Shelf::new(),
         clusterset: set(&["198.19.0.0/16", "fd19:746f:6d62::/112"]),
         resolvers: set(&["198.19.0.1", "fd19:746f:6d62::1"]),
-        mtu: 1420,
+        narrow: BTreeSet::new(),
     }
 }
 

@@ -87,6 +87,8 @@ pub struct Route {
     pub via: Via,
     /// Source of this node's own packets.
     pub source: Option<IpAddr>,
+    /// The longest packet, bytes, where that is less than its devices carry; at least 1280 in IPv6 (RFC 8200).
+    pub mtu: Option<u16>,
 }
 
 /// How a route carries.
@@ -148,8 +150,8 @@ pub struct Firewall {
     pub clusterset: BTreeSet<IpNet>,
     /// Addresses on which pods ask for names; sent to [`DNS_PORT`] of this node.
     pub resolvers: BTreeSet<IpAddr>,
-    /// MTU inside the tunnels, for clamping.
-    pub mtu: u16,
+    /// IPv6 destinations whose path carries less than IPv6 asks for: TCP there is told of shorter segments. Disjoint.
+    pub narrow: BTreeSet<Prefix>,
 }
 
 /// A virtual address and port.

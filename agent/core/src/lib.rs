@@ -16,6 +16,7 @@ pub mod liveness;
 pub mod merge;
 pub mod object;
 pub mod outside;
+pub mod path_mtu;
 pub mod plan;
 pub mod shelf;
 pub mod speak;

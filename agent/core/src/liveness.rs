@@ -73,6 +73,8 @@ const FLAP: Duration = Duration::from_secs(60);
 const MAX_OUTSTANDING: usize = 32;
 /// Echoes between two readings that are no traffic.
 const MAX_ECHOES: u64 = 64;
+/// Padded ones among them: our own, and the answer to the other's.
+const MAX_PROBES: u64 = 2;
 /// With more peers than this all are asked less often, in proportion.
 const CROWD: u32 = 400;
 /// This late ourselves, we were not running: it says nothing about peers.
@@ -99,6 +101,17 @@ pub struct Counters {
     pub sent: u64,
     /// What one echo, request or reply, counts for: whole multiples of it are no traffic.
     pub echo: u64,
+    /// What one padded echo counts for ([`crate::path_mtu`]): a few of these are none either.
+    pub probe: u64,
+}
+
+impl Counters {
+    /// Whether so many more bytes are nothing but echoes.
+    pub fn is_echoes(&self, bytes: u64) -> bool {
+        let plain = |bytes: u64| bytes.is_multiple_of(self.echo) && bytes / self.echo <= MAX_ECHOES;
+        let most = if self.probe > 0 { MAX_PROBES } else { 0 };
+        self.echo > 0 && (0..=most).any(|count| bytes.checked_sub(count * self.probe).is_some_and(plain))
+    }
 }
 
 /// An echo request to be sent.
@@ -232,9 +245,7 @@ impl Peer {
         let Some(old) = self.counters.replace(new) else { return };
         let grown = |new: u64, old: u64| new.saturating_sub(old);
         let (sent, received) = (grown(new.sent, old.sent), grown(new.received, old.received));
-        let echoes =
-            |bytes: u64| new.echo > 0 && bytes.is_multiple_of(new.echo) && bytes / new.echo <= MAX_ECHOES;
-        if sent > 0 && !echoes(sent) {
+        if sent > 0 && !new.is_echoes(sent) {
             self.used = [self.used[1], Some(now)];
         }
         if received > 0 {

@@ -93,6 +93,9 @@ pub struct Health {
     /// Peers that came lately to others that have lived for a while, and have not shown yet that they can carry: better
     /// none of these, if another way is there. An own gateway has, once it answers and says what it has tried.
     pub young: BTreeSet<PeerId>,
+    /// Peers of this node whose path carries less than their device, and how much, bytes.
+    #[serde(default, with = "pairs")]
+    pub narrow: BTreeMap<PeerId, u16>,
     /// All peers that are watched, once one of them has lived for a while: others came just now, and are young too.
     pub known: Option<BTreeSet<PeerId>>,
     /// By own node that said something lately: clusters that it has no live tunnel to.
@@ -100,6 +103,23 @@ pub struct Health {
     /// By own node that said something lately: clusters to which a tunnel of it has never answered. Heeded of young ones
     /// alone: unknown is not dead.
     pub untried: BTreeMap<NodeName, BTreeSet<ClusterId>>,
+}
+
+/// A map whose keys are no strings, as a list: JSON has no other.
+mod pairs {
+    use std::collections::BTreeMap;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use crate::liveness::PeerId;
+
+    pub(super) fn serialize<S: Serializer>(map: &BTreeMap<PeerId, u16>, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(map)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<PeerId, u16>, D::Error> {
+        Ok(Vec::<(PeerId, u16)>::deserialize(from)?.into_iter().collect())
+    }
 }
 
 /// All that a node's plan depends on.
@@ -185,4 +205,25 @@ pub struct ClusterWorld {
     pub foreign: BTreeMap<ClusterId, Foreign>,
     /// Members (not revoked) of whom nothing verified is at hand: what came from them stays as it is.
     pub unknown: BTreeSet<ClusterId>,
+}
+
+#[cfg(test)]
+mod tests {
+    use tombolo_proto::model::{DeviceNumber, WireguardKey};
+
+    use super::*;
+
+    #[test]
+    fn health_is_told_in_json_and_read_back() {
+        let peer = (DeviceNumber::new(1).unwrap(), WireguardKey([7; 32]));
+        let health = Health {
+            dead: [peer].into(),
+            narrow: [(peer, 1240)].into(),
+            known: Some([peer].into()),
+            unreachable: [("n1".parse().unwrap(), ["us".parse().unwrap()].into())].into(),
+            ..Health::default()
+        };
+        let text = serde_json::to_string(&health).unwrap();
+        assert_eq!(serde_json::from_str::<Health>(&text).unwrap(), health);
+    }
 }

@@ -6,8 +6,8 @@ use std::net::{IpAddr, Ipv6Addr};
 use ipnet::IpNet;
 use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteMessage, RouteNextHop, RouteNextHopFlags, RouteProtocol, RouteScope,
-    RouteType,
+    RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteNextHop, RouteNextHopFlags, RouteProtocol,
+    RouteScope, RouteType,
 };
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{IpVersion, RouteNextHopBuilder};
@@ -24,6 +24,8 @@ use super::{Action, ApplyError, Report, Subject};
 const CLONED: u32 = 0x200;
 /// `RTNH_F_DEAD` in a route's own flags.
 const DEAD: u32 = 1;
+/// `1 << RTAX_MTU`
+const MTU_LOCK: u32 = 1 << 2;
 /// The next hop of our v6 routes: the kernel refuses v6 multipath without one. A TUN asks nobody for it.
 const V6_NEXT_HOP: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 
@@ -189,6 +191,12 @@ fn message(route: &Route, links: &Links) -> RouteMessage {
     if v4 {
         message.header.scope = RouteScope::Link;
     }
+    if let Some(mtu) = route.mtu {
+        let mut metrics = vec![RouteMetric::Mtu(u32::from(mtu))];
+        // What is only forwarded heeds a v6 route's MTU if it is locked; a locked v4 one takes DF from own packets.
+        metrics.extend((!v4).then_some(RouteMetric::Lock(MTU_LOCK)));
+        message.attributes.push(RouteAttribute::Metrics(metrics));
+    }
     let indexes: Vec<u32> = devices.iter().filter_map(|n| links.device(*n)).map(|link| link.index).collect();
     let gateway = RouteAttribute::Gateway(RouteAddress::Inet6(V6_NEXT_HOP));
     match *indexes.as_slice() {
@@ -232,6 +240,7 @@ fn parse(message: &RouteMessage, links: &Links) -> Option<(RouteKey, Option<Rout
     let mut hops: BTreeSet<Option<DeviceNumber>> = BTreeSet::new();
     let mut odd = message.header.tos != 0 || message.header.source_prefix_length != 0;
     let dead = message.header.flags.bits() & DEAD != 0;
+    let (mut mtu, mut lock) = (None, 0);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Table(number) => table = *number,
@@ -245,6 +254,15 @@ fn parse(message: &RouteMessage, links: &Links) -> Option<(RouteKey, Option<Rout
                 links.number(hop.interface_index).filter(|_| !hop.flags.contains(RouteNextHopFlags::Dead))
             })),
             RouteAttribute::Gateway(address) => odd |= ip(address) != Some(IpAddr::V6(V6_NEXT_HOP)),
+            RouteAttribute::Metrics(metrics) => {
+                for metric in metrics {
+                    match metric {
+                        RouteMetric::Mtu(bytes) => mtu = Some(*bytes),
+                        RouteMetric::Lock(bits) => lock = *bits,
+                        _ => {}
+                    }
+                }
+            }
             RouteAttribute::Via(_) | RouteAttribute::Encap(_) | RouteAttribute::NhId(_) => odd = true,
             _ => {}
         }
@@ -253,6 +271,15 @@ fn parse(message: &RouteMessage, links: &Links) -> Option<(RouteKey, Option<Rout
         return None;
     }
     let prefix = IpNet::new(destination, message.header.destination_prefix_length).ok()?;
+    let locked = mtu.is_some() && version == IpVersion::V6;
+    odd |= lock & MTU_LOCK != if locked { MTU_LOCK } else { 0 };
+    let mtu = match mtu.map(u16::try_from).transpose() {
+        Ok(mtu) => mtu,
+        Err(_) => {
+            odd = true;
+            None
+        }
+    };
     let key = RouteKey { table, prefix, metric };
     let via = match message.header.kind {
         RouteType::Unreachable => Some(Via::Unreachable),
@@ -262,7 +289,7 @@ fn parse(message: &RouteMessage, links: &Links) -> Option<(RouteKey, Option<Rout
     let route = via
         .filter(|_| !odd)
         .zip(Prefix::new(prefix).ok())
-        .map(|(via, prefix)| Route { table, prefix, via, source })
+        .map(|(via, prefix)| Route { table, prefix, via, source, mtu })
         .filter(|route| RouteKey::of(route) == key);
     Some((key, route))
 }
@@ -310,7 +337,7 @@ mod tests {
         } else {
             Via::Devices(devices.iter().map(|n| number(*n)).collect())
         };
-        Route { table: TABLE_OUT, prefix: prefix.parse().unwrap(), via, source: None }
+        Route { table: TABLE_OUT, prefix: prefix.parse().unwrap(), via, source: None, mtu: None }
     }
 
     #[test]
@@ -320,6 +347,7 @@ mod tests {
             for devices in [&[][..], &[1], &[1, 2], &[0, 1, 2]] {
                 let mut route = route(prefix, devices);
                 route.source = (!devices.is_empty()).then(|| "198.18.1.1".parse().unwrap());
+                route.mtu = (devices.len() > 1).then_some(1280);
                 let (key, read) = parse(&message(&route, &links), &links).unwrap();
                 assert_eq!(read, Some(route.clone()), "{route:?}");
                 assert_eq!(key, RouteKey::of(&route));

@@ -68,8 +68,12 @@ pub async fn run(
         let (roster, rosters) = watch::channel(None);
         let known = memory.answers();
         let (answers, heard) = watch::channel(known.clone());
-        let (health, healths) =
-            watch::channel(Health { dead: known.dead, alive: known.alive, ..Health::default() });
+        let (health, healths) = watch::channel(Health {
+            dead: known.dead,
+            alive: known.alive,
+            narrow: known.narrow,
+            ..Health::default()
+        });
         let (withheld, missed) = watch::channel(Default::default());
         let (seen, sights) = watch::channel(Default::default());
         {
@@ -102,11 +106,11 @@ pub async fn run(
             monitor,
             keys,
             zone,
+            untold: true,
             shown: shown.clone(),
         };
         let stop = stop.clone();
         tasks.spawn(async move { node.run(stop).await.context("the node's loop") });
-            untold: true,
     }
     if config.role.contains(&Role::Controller) {
         let (me, shown, stop) = (name.to_string(), shown.clone(), stop.clone());

@@ -466,7 +466,7 @@ impl Node {
         findings.extend(planned);
         findings.sort();
         findings.dedup();
-        self.show(&desired, findings);
+        self.show(&world, &desired, findings);
         let planned = Arc::new(Planned { world, desired });
         self.shown.planned.store(Some(planned.clone()));
         planned
@@ -546,18 +546,22 @@ impl Node {
         clean
     }
 
-    fn show(&self, desired: &NodeDesired, findings: Vec<Finding>) {
+    fn show(&self, world: &NodeWorld, desired: &NodeDesired, findings: Vec<Finding>) {
         self.shown.tell(Part::Node, findings);
         let metrics = &self.shown.metrics;
         metrics.peers.clear();
-        let mut peers: BTreeMap<String, i64> = BTreeMap::new();
-        for device in desired.devices.get().into_iter().flat_map(BTreeMap::values) {
-            for peer in device.peers.values() {
-                *peers.entry(peer.node.cluster.to_string()).or_default() += 1;
+        metrics.path_mtu.clear();
+        let mut peers: BTreeMap<String, (i64, u16)> = BTreeMap::new();
+        for (number, device) in desired.devices.get().into_iter().flatten() {
+            for (key, peer) in &device.peers {
+                let length = world.health.narrow.get(&(*number, *key)).unwrap_or(&device.mtu);
+                let (count, least) = peers.entry(peer.node.cluster.to_string()).or_insert((0, u16::MAX));
+                (*count, *least) = (*count + 1, (*least).min(*length));
             }
         }
-        for (cluster, count) in peers {
-            metrics.peers.get_or_create(&ClusterLabel { cluster }).set(count);
+        for (cluster, (count, least)) in peers {
+            metrics.peers.get_or_create(&ClusterLabel { cluster: cluster.clone() }).set(count);
+            metrics.path_mtu.get_or_create(&ClusterLabel { cluster }).set(least.into());
         }
     }
 }

@@ -52,7 +52,7 @@ pub async fn run(
     let mut task: Option<Task> = None;
     let mut look = Instant::now();
     loop {
-        let Answers { alive, dead, young, known } = answers.borrow_and_update().clone();
+        let Answers { alive, dead, young, known, narrow } = answers.borrow_and_update().clone();
         let new = roster.borrow_and_update().clone();
         let mut wake = Instant::now() + LOOK;
         if let Some(new) = new {
@@ -79,7 +79,7 @@ pub async fn run(
             Some(task) => task.hellos.early(task.start.elapsed(), &young, &alive),
             None => young,
         };
-        let value = Health { dead, alive, young, known, unreachable, untried };
+        let value = Health { dead, alive, young, narrow, known, unreachable, untried };
         let missed = task.as_ref().map(|t| t.hellos.withheld(t.start.elapsed())).unwrap_or_default();
         let seen = task.as_ref().map(|t| t.hellos.seen(t.start.elapsed())).unwrap_or_default();
         tell(&follow.withheld, missed);

@@ -1,6 +1,8 @@
-//! Asks peers' kernels whether they live, at the pace of [`Liveness`]: echoes over the devices, counters of the links.
+//! Asks peers' kernels whether they live, at the pace of [`Liveness`], and what their paths carry, at that of [`PathMtu`]:
+//! echoes over the devices, counters of the links.
 //!
-//! While nothing is sent to peers this costs two looks at `/proc/net/dev` a second and an echo for each peer every 5 s.
+//! While nothing is sent to peers this costs two looks at `/proc/net/dev` a second and two echoes for each peer every 5 s,
+//! one of them as long as packets may be.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -10,6 +12,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use rustix::net::sockopt::{
+    Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UdpSocket;
 use tokio::sync::watch;
@@ -17,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tombolo_agent_core::desired::{Peer, TunnelDevice};
 use tombolo_agent_core::liveness::{Counters, Liveness, PeerHealth, PeerId};
 use tombolo_agent_core::object::NodeKey;
+use tombolo_agent_core::path_mtu::PathMtu;
 use tombolo_proto::model::{ClusterId, DeviceNumber, Family, Position, Rank, WireguardKey};
 use tracing::{debug, info, warn};
 
@@ -78,49 +86,69 @@ pub struct Answers {
     pub young: BTreeSet<PeerId>,
     /// All, once one has answered for a while.
     pub known: Option<BTreeSet<PeerId>>,
+    /// Those whose path carries less than their device, and how much, bytes.
+    pub narrow: BTreeMap<PeerId, u16>,
 }
 
-/// What was known of peers before this process, kept over restarts: after one a dead peer must not get traffic again.
+/// What was known of peers before this process, kept over restarts: after one a dead peer must not get traffic again, nor
+/// a narrow path long packets.
 pub struct Memory {
-    path: PathBuf,
-    known: BTreeMap<PeerId, PeerHealth>,
+    health: Kept<PeerHealth>,
+    narrow: Kept<u16>,
 }
 
-impl Memory {
-    /// Reads it; one that cannot be read is empty.
-    pub fn load(state_dir: &Path) -> Self {
-        let path = state_dir.join("health.json");
-        let read = || -> Option<BTreeMap<PeerId, PeerHealth>> {
-            let list: Vec<(DeviceNumber, WireguardKey, PeerHealth)> =
+/// One value of each peer, in a file.
+struct Kept<V> {
+    path: PathBuf,
+    known: BTreeMap<PeerId, V>,
+}
+
+impl<V: Copy + PartialEq + Serialize + DeserializeOwned> Kept<V> {
+    fn load(path: PathBuf) -> Self {
+        let read = || -> Option<BTreeMap<PeerId, V>> {
+            let list: Vec<(DeviceNumber, WireguardKey, V)> =
                 serde_json::from_slice(&std::fs::read(&path).ok()?).ok()?;
-            Some(list.into_iter().map(|(number, key, health)| ((number, key), health)).collect())
+            Some(list.into_iter().map(|(number, key, value)| ((number, key), value)).collect())
         };
         let known = read().unwrap_or_default();
         Self { path, known }
     }
 
-    /// Who answered last, and who did not.
-    pub fn answers(&self) -> Answers {
-        let of = |wanted| self.known.iter().filter(|(_, h)| **h == wanted).map(|(id, _)| *id).collect();
-        Answers { alive: of(PeerHealth::Alive), dead: of(PeerHealth::Dead), ..Answers::default() }
-    }
-
-    fn keep(&mut self, known: BTreeMap<PeerId, PeerHealth>) {
+    fn keep(&mut self, known: BTreeMap<PeerId, V>) {
         if known == self.known {
             return;
         }
         self.known = known;
-        let list: Vec<_> = self.known.iter().map(|((number, key), health)| (number, key, health)).collect();
+        let list: Vec<_> = self.known.iter().map(|((number, key), value)| (number, key, value)).collect();
         let new = self.path.with_extension("new");
         let write = || -> io::Result<()> {
             std::fs::write(&new, serde_json::to_vec(&list)?)?;
             std::fs::rename(&new, &self.path)
         };
         if let Err(error) = write() {
-            debug!(
-                "cannot write {}: {error}; dead peers are found again after a restart",
-                self.path.display()
-            );
+            debug!("cannot write {}: {error}; after a restart it is found again", self.path.display());
+        }
+    }
+}
+
+impl Memory {
+    /// Reads it; one that cannot be read is empty.
+    pub fn load(state_dir: &Path) -> Self {
+        Self {
+            health: Kept::load(state_dir.join("health.json")),
+            narrow: Kept::load(state_dir.join("path-mtu.json")),
+        }
+    }
+
+    /// Who answered last, and who did not.
+    pub fn answers(&self) -> Answers {
+        let known = &self.health.known;
+        let of = |wanted| known.iter().filter(|(_, h)| **h == wanted).map(|(id, _)| *id).collect();
+        Answers {
+            alive: of(PeerHealth::Alive),
+            dead: of(PeerHealth::Dead),
+            narrow: self.narrow.known.clone(),
+            ..Answers::default()
         }
     }
 }
@@ -156,6 +184,7 @@ pub async fn run(
     let mut task = Task {
         start: Instant::now(),
         liveness: Liveness::new(getrandom::u64().context("no random bytes")?),
+        path_mtu: PathMtu::default(),
         echoes: Echoes::open().context("no raw ICMP socket; the agent needs CAP_NET_RAW")?,
         driver,
         memory,
@@ -166,10 +195,12 @@ pub async fn run(
     };
     let mut look = Instant::now();
     loop {
-        task.echoes.receive(|from, sequence| {
+        task.echoes.receive(|from, kind, sequence| {
             let now = task.start.elapsed();
-            if let Some(peer) = task.roster.as_ref().and_then(|(_, by)| by.get(&from)) {
-                task.liveness.handle_echo_reply(now, *peer, sequence);
+            let Some(peer) = task.roster.as_ref().and_then(|(_, by)| by.get(&from)) else { return };
+            match kind {
+                Kind::Life => task.liveness.handle_echo_reply(now, *peer, sequence),
+                Kind::Length => task.path_mtu.handle_answer(now, *peer, sequence),
             }
         });
         if look <= Instant::now() {
@@ -179,8 +210,8 @@ pub async fn run(
         task.ask();
         task.tell(&answers);
         let now = task.start.elapsed();
-        let poll = task.liveness.poll_timeout(now).map(|at| task.start + at);
-        let wake = poll.map_or(look, |poll| poll.min(look));
+        let polls = task.liveness.poll_timeout(now).into_iter().chain(task.path_mtu.poll_timeout());
+        let wake = polls.map(|at| task.start + at).fold(look, Instant::min);
         tokio::select! {
             biased;
             () = stop.cancelled() => return Ok(()),
@@ -202,6 +233,7 @@ pub async fn run(
 struct Task {
     start: Instant,
     liveness: Liveness,
+    path_mtu: PathMtu,
     echoes: Echoes,
     driver: Arc<dyn TunnelDriver>,
     memory: Memory,
@@ -216,21 +248,28 @@ struct Task {
 impl Task {
     fn take(&mut self, roster: Arc<Roster>) {
         let now = self.start.elapsed();
-        let peers: BTreeSet<PeerId> = roster.peers().map(|(id, ..)| id).collect();
+        let peers: BTreeMap<PeerId, u16> = roster.peers().map(|(id, device, _)| (id, device.mtu)).collect();
+        let narrow = self.path_mtu.narrow();
         let before: BTreeMap<PeerId, PeerHealth> = self.liveness.all().collect();
-        // A node with a new key is as well as it was.
-        let nodes: BTreeMap<(DeviceNumber, &NodeKey), PeerHealth> = self
+        // A node with a new key is as well as it was, and its path what it was.
+        let nodes: BTreeMap<(DeviceNumber, &NodeKey), PeerId> = self
             .roster
             .iter()
             .flat_map(|(old, _)| old.peers())
-            .filter_map(|(id, _, peer)| Some(((id.0, &peer.node), *before.get(&id)?)))
+            .map(|(id, _, peer)| ((id.0, &peer.node), id))
             .collect();
-        self.liveness.handle_peers(now, &peers);
+        self.liveness.handle_peers(now, &peers.keys().copied().collect());
+        let mut lengths = BTreeMap::new();
         for (id, _, peer) in roster.peers().filter(|(id, ..)| !before.contains_key(id)) {
-            if let Some(health) = self.memory.known.get(&id).or_else(|| nodes.get(&(id.0, &peer.node))) {
+            let former = nodes.get(&(id.0, &peer.node));
+            let health = self.memory.health.known.get(&id).or_else(|| before.get(former?));
+            if let Some(health) = health {
                 self.liveness.handle_memory(now, id, *health);
             }
+            let length = self.memory.narrow.known.get(&id).or_else(|| narrow.get(former?));
+            lengths.extend(length.map(|length| (id, *length)));
         }
+        self.path_mtu.handle_peers(now, &peers, &lengths);
         self.echoes.senders.retain(|(number, _), _| roster.devices.contains_key(number));
         self.links.retain(|number, _| roster.devices.contains_key(number));
         self.read.retain(|number, _| roster.devices.contains_key(number));
@@ -250,18 +289,19 @@ impl Task {
                 continue;
             }
             let echo = |key: &WireguardKey| -> u64 {
-                let v4 =
-                    device.peers.get(key).and_then(|peer| pair(device, peer)).is_some_and(|p| p.1.is_ipv4());
-                (PAYLOAD + 8 + if v4 { 20 } else { 40 }) as u64
+                let pair = device.peers.get(key).and_then(|peer| pair(device, peer));
+                (PAYLOAD + head(pair.map_or(Family::V6, |(_, to)| Family::of(to)))) as u64
             };
+            let probe = |key: &WireguardKey| self.path_mtu.length((number, *key)).map_or(0, u64::from);
             let sent = old.map_or(0, |old| link.sent.saturating_sub(old.sent));
             let Some((first, _)) = device.peers.first_key_value() else { continue };
-            if !sent.is_multiple_of(echo(first)) {
+            let counters =
+                Counters { received: link.received, sent: link.sent, echo: echo(first), probe: probe(first) };
+            if !counters.is_echoes(sent) {
                 self.active = Instant::now();
             }
             let now = self.start.elapsed();
             if device.peers.len() == 1 {
-                let counters = Counters { received: link.received, sent: link.sent, echo: echo(first) };
                 self.liveness.handle_counters(now, (number, *first), counters);
                 continue;
             }
@@ -274,8 +314,13 @@ impl Task {
             self.read.insert(number, Instant::now() + begun.elapsed() * READ_SHARE);
             let now = self.start.elapsed();
             for (key, peer) in state.into_iter().flat_map(|state| state.peers) {
-                let counters =
-                    Counters { received: peer.received, sent: peer.sent, echo: echo(&key) + WIREGUARD };
+                let probe = Some(probe(&key)).filter(|probe| *probe > 0);
+                let counters = Counters {
+                    received: peer.received,
+                    sent: peer.sent,
+                    echo: echo(&key) + WIREGUARD,
+                    probe: probe.map_or(0, |probe| probe + WIREGUARD),
+                };
                 self.liveness.handle_counters(now, (number, key), counters);
             }
         }
@@ -283,15 +328,19 @@ impl Task {
 
     fn ask(&mut self) {
         let Some((roster, _)) = &self.roster else { return };
-        while let Some(echo) = self.liveness.poll_transmit(self.start.elapsed()) {
-            let (number, key) = echo.peer;
-            let Some(device) = roster.devices.get(&number) else { continue };
-            let Some((from, to)) = device.peers.get(&key).and_then(|peer| pair(device, peer)) else {
-                continue;
-            };
-            if let Err(error) = self.echoes.send(number, from, to, echo.sequence) {
+        let mut send = |(number, key): PeerId, kind, sequence, length| {
+            let Some(device) = roster.devices.get(&number) else { return };
+            let Some((from, to)) = device.peers.get(&key).and_then(|peer| pair(device, peer)) else { return };
+            if let Err(error) = self.echoes.send(number, (from, to), kind, sequence, length) {
                 debug!("echo request to {to} by {number}: {error}");
             }
+        };
+        while let Some(echo) = self.liveness.poll_transmit(self.start.elapsed()) {
+            send(echo.peer, Kind::Life, echo.sequence, 0);
+        }
+        self.path_mtu.handle_alive(self.start.elapsed(), &self.liveness.alive());
+        while let Some(probe) = self.path_mtu.poll_transmit(self.start.elapsed()) {
+            send(probe.peer, Kind::Length, probe.sequence, usize::from(probe.length));
         }
     }
 
@@ -302,6 +351,7 @@ impl Task {
             dead: self.liveness.dead(),
             young: self.liveness.young(self.start.elapsed()),
             known: self.liveness.known(self.start.elapsed()),
+            narrow: self.path_mtu.narrow(),
         };
         let before = answers.borrow().clone();
         if now == before {
@@ -317,14 +367,35 @@ impl Task {
         for id in before.dead.difference(&now.dead) {
             info!(device = %id.0, "{} answers again", name(id));
         }
+        for (id, length) in now.narrow.iter().filter(|(id, length)| before.narrow.get(*id) != Some(*length)) {
+            info!(device = %id.0, "the path to {} carries {length} bytes", name(id));
+        }
+        for id in before.narrow.keys().filter(|id| !now.narrow.contains_key(*id)) {
+            info!(device = %id.0, "the path to {} carries all that its device does", name(id));
+        }
         answers.send_replace(now);
         self.remember();
     }
 
     fn remember(&mut self) {
         let known = self.liveness.all().filter(|(_, health)| *health != PeerHealth::Unknown).collect();
-        self.memory.keep(known);
+        self.memory.health.keep(known);
+        self.memory.narrow.keep(self.path_mtu.narrow());
     }
+}
+
+/// What an echo is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Whether the peer lives.
+    Life,
+    /// Whether a packet so long arrives.
+    Length,
+}
+
+/// Headers before an echo's payload, bytes.
+fn head(family: Family) -> usize {
+    8 + if family == Family::V4 { 20 } else { 40 }
 }
 
 /// Raw ICMP sockets: one for each family that hears answers, whichever way they come, and one for each device that asks.
@@ -332,7 +403,8 @@ struct Echoes {
     v4: UdpSocket,
     v6: Option<UdpSocket>,
     senders: BTreeMap<(DeviceNumber, Family), (IpAddr, std::net::UdpSocket)>,
-    id: [u8; 2],
+    /// Of [`Kind::Life`] and [`Kind::Length`].
+    ids: [[u8; 2]; 2],
     /// Comes back with each answer: nobody else can make one.
     secret: [u8; PAYLOAD],
 }
@@ -343,15 +415,24 @@ impl Echoes {
         getrandom::fill(&mut secret).context("no random bytes")?;
         let mut id = [0; 2];
         getrandom::fill(&mut id).context("no random bytes")?;
+        let ids = [id, [id[0], id[1] ^ 1]];
         let hear = |family| -> io::Result<UdpSocket> {
             let socket = raw(family)?;
             socket.set_recv_buffer_size(1 << 20)?;
             UdpSocket::from_std(socket.into())
         };
-        Ok(Self { v4: hear(Family::V4)?, v6: hear(Family::V6).ok(), senders: BTreeMap::new(), id, secret })
+        Ok(Self { v4: hear(Family::V4)?, v6: hear(Family::V6).ok(), senders: BTreeMap::new(), ids, secret })
     }
 
-    fn send(&mut self, number: DeviceNumber, from: IpAddr, to: IpAddr, sequence: u16) -> io::Result<()> {
+    /// `length`: of the whole packet, if it is to be longer than it need be.
+    fn send(
+        &mut self,
+        number: DeviceNumber,
+        (from, to): (IpAddr, IpAddr),
+        kind: Kind,
+        sequence: u16,
+        length: usize,
+    ) -> io::Result<()> {
         let family = Family::of(to);
         let place = (number, family);
         if self.senders.get(&place).is_none_or(|(bound, _)| *bound != from) {
@@ -360,13 +441,14 @@ impl Echoes {
             socket.set_recv_buffer_size(0)?;
             socket.bind_device(Some(number.link().as_bytes()))?;
             socket.bind(&SocketAddr::new(from, 0).into())?;
+            whole(&socket, family)?;
             self.senders.insert(place, (from, socket.into()));
         }
-        let mut packet = [0; 8 + PAYLOAD];
+        let mut packet = vec![0; (8 + PAYLOAD).max(length.saturating_sub(head(family) - 8))];
         packet[0] = if family == Family::V4 { 8 } else { 128 };
-        packet[4..6].copy_from_slice(&self.id);
+        packet[4..6].copy_from_slice(&self.ids[usize::from(kind == Kind::Length)]);
         packet[6..8].copy_from_slice(&sequence.to_be_bytes());
-        packet[8..].copy_from_slice(&self.secret);
+        packet[8..8 + PAYLOAD].copy_from_slice(&self.secret);
         if family == Family::V4 {
             let sum = checksum(&packet);
             packet[2..4].copy_from_slice(&sum.to_be_bytes());
@@ -396,8 +478,8 @@ impl Echoes {
         }
     }
 
-    /// Answers that have come.
-    fn receive(&self, mut answer: impl FnMut(IpAddr, u16)) {
+    /// Answers that have come. Of long ones the beginning is enough.
+    fn receive(&self, mut answer: impl FnMut(IpAddr, Kind, u16)) {
         let mut buffer = [0; 512];
         for (family, socket) in [(Family::V4, Some(&self.v4)), (Family::V6, self.v6.as_ref())]
             .into_iter()
@@ -407,10 +489,10 @@ impl Echoes {
             for _ in 0..10_000 {
                 match socket.try_recv_from(&mut buffer) {
                     Ok((length, from)) => {
-                        if let Some(sequence) =
+                        if let Some((kind, sequence)) =
                             self.sequence(family, buffer.get(..length).unwrap_or_default())
                         {
-                            answer(from.ip(), sequence);
+                            answer(from.ip(), kind, sequence);
                         }
                     }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -421,14 +503,18 @@ impl Echoes {
     }
 
     /// Of an answer to a request of ours.
-    fn sequence(&self, family: Family, packet: &[u8]) -> Option<u16> {
+    fn sequence(&self, family: Family, packet: &[u8]) -> Option<(Kind, u16)> {
         let (skip, reply) = match family {
             Family::V4 => (usize::from(packet.first()? & 15) * 4, 0),
             Family::V6 => (0, 129),
         };
         let (head, payload) = packet.get(skip..)?.split_first_chunk::<8>()?;
-        let ours = head[0] == reply && head[4..6] == self.id && payload == self.secret;
-        ours.then(|| u16::from_be_bytes([head[6], head[7]]))
+        let kind = match self.ids.iter().position(|id| head[4..6] == *id)? {
+            0 => Kind::Life,
+            _ => Kind::Length,
+        };
+        let ours = head[0] == reply && payload.starts_with(&self.secret);
+        ours.then(|| (kind, u16::from_be_bytes([head[6], head[7]])))
     }
 }
 
@@ -440,6 +526,15 @@ fn raw(family: Family) -> io::Result<Socket> {
     let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
     socket.set_nonblocking(true)?;
     Ok(socket)
+}
+
+/// Packets leave in one piece or not at all, whatever is known of the path.
+fn whole(socket: &Socket, family: Family) -> io::Result<()> {
+    match family {
+        Family::V4 => set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::PROBE),
+        Family::V6 => set_ipv6_mtu_discover(socket, Ipv6PathMtuDiscovery::PROBE),
+    }
+    .map_err(io::Error::from)
 }
 
 /// RFC 1071.
@@ -482,12 +577,16 @@ mod tests {
         let id = (DeviceNumber::new(1).unwrap(), WireguardKey([1; 32]));
         let mut memory = Memory::load(dir.path());
         assert_eq!(memory.answers(), Answers::default());
-        memory.keep(BTreeMap::from([(id, PeerHealth::Dead)]));
+        memory.health.keep(BTreeMap::from([(id, PeerHealth::Dead)]));
+        memory.narrow.keep(BTreeMap::from([(id, 1240)]));
+        let narrow = BTreeMap::from([(id, 1240)]);
         assert_eq!(
             Memory::load(dir.path()).answers(),
-            Answers { dead: BTreeSet::from([id]), ..Answers::default() }
+            Answers { dead: BTreeSet::from([id]), narrow: narrow.clone(), ..Answers::default() }
         );
         std::fs::write(dir.path().join("health.json"), "nonsense").unwrap();
+        assert_eq!(Memory::load(dir.path()).answers(), Answers { narrow, ..Answers::default() });
+        std::fs::write(dir.path().join("path-mtu.json"), "[[1]]").unwrap();
         assert_eq!(Memory::load(dir.path()).answers(), Answers::default());
     }
 }

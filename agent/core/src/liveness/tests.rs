@@ -11,6 +11,7 @@ fn id(n: u8) -> PeerId {
 }
 
 const ECHO: u64 = 83;
+const PROBE: u64 = 1420;
 
 /// One peer behind a network, driven as the shell drives it: readings every 100 ms, polls when they are due.
 struct World {
@@ -44,7 +45,7 @@ impl World {
             liveness,
             now: ms(0),
             reading: ms(0),
-            counters: Counters { received: 0, sent: 0, echo: ECHO },
+            counters: Counters { received: 0, sent: 0, echo: ECHO, probe: PROBE },
             back: VecDeque::new(),
             random: seed | 1,
             loss: 0.0,
@@ -159,6 +160,13 @@ fn a_reading_of_echoes_alone_is_no_traffic() {
         world.run(ms(200));
     }
     assert!(world.echoes - before < 12, "{}", world.echoes - before);
+    // Nor are padded ones: each asks the other.
+    for _ in 0..20 {
+        world.counters.sent += PROBE;
+        world.counters.received += PROBE;
+        world.run(ms(1000));
+    }
+    assert!(world.echoes - before < 24, "{}", world.echoes - before);
 }
 
 proptest! {
@@ -227,7 +235,7 @@ proptest! {
             match what {
                 0 => liveness.handle_peers(now, &(0..value % 4).map(|n| id(n as u8)).collect()),
                 1 => {
-                    let counters = Counters { received: value.into(), sent: u64::from(value) * 3, echo: u64::from(value % 2) };
+                    let counters = Counters { received: value.into(), sent: u64::from(value) * 3, echo: u64::from(value % 2), probe: 3 };
                     liveness.handle_counters(now, peer, counters);
                 }
                 2 => liveness.handle_echo_reply(now, peer, value % 40),
@@ -388,7 +396,7 @@ fn a_crowd_is_asked_less_often() {
             liveness.handle_counters(
                 now,
                 *id,
-                Counters { received: tick * 1311, sent: tick * 1311 + n % 2, echo: ECHO },
+                Counters { received: tick * 1311, sent: tick * 1311 + n % 2, echo: ECHO, probe: PROBE },
             );
         }
         while let Some(echo) = liveness.poll_transmit(now) {

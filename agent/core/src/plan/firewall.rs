@@ -4,20 +4,13 @@ use std::collections::BTreeSet;
 
 use tombolo_proto::model::{DeviceFamily, DeviceNumber, Lane, Prefix, Rank};
 
-use super::findings::Findings;
-use super::peer;
 use super::roster::Claim;
 use crate::desired::Firewall;
 use crate::shelf::Shelf;
 use crate::world::{Members, NodeWorld};
 
-/// Plans the table's data, yet without what the services bring.
-pub(crate) fn firewall(
-    world: &NodeWorld,
-    members: &Members,
-    claim: &Claim,
-    findings: &mut Findings,
-) -> Firewall {
+/// Plans the table's data, yet without what the services and the routes bring.
+pub(crate) fn firewall(world: &NodeWorld, members: &Members, claim: &Claim) -> Firewall {
     let own = members.get(&world.cluster);
     let remote: BTreeSet<Prefix> = members
         .iter()
@@ -40,7 +33,7 @@ pub(crate) fn firewall(
         vips: Shelf::new(),
         clusterset: world.clusterset.map(|ranges| ranges.nets().collect()).unwrap_or_default(),
         resolvers: world.clusterset.map(|ranges| ranges.resolvers().collect()).unwrap_or_default(),
-        mtu: peer::mtu(world, findings),
+        narrow: BTreeSet::new(),
         tunnel: claim.tunnel.clone(),
     }
 }

@@ -18,10 +18,10 @@ use crate::world::{MemberNodes, Members, NodeWorld};
 /// What a tunnel takes of each packet: IPv6 and UDP headers, WireGuard's own (32) with room for padding.
 const OVERHEAD: u16 = 80;
 /// The least that IPv6 works with (RFC 8200).
-const MIN_MTU: u16 = 1280;
+pub(crate) const MIN_MTU: u16 = 1280;
 
 /// MTU inside the tunnels, the same in both families.
-pub(crate) fn mtu(world: &NodeWorld, findings: &mut Findings) -> u16 {
+fn mtu(world: &NodeWorld, findings: &mut Findings) -> u16 {
     let mtu = world.underlay_mtu.saturating_sub(OVERHEAD);
     if mtu < MIN_MTU {
         let text = format!(

@@ -128,7 +128,7 @@ impl Rest {
         let devices = peer::devices(world, members, &stations, &mut findings);
         let me = stations.get(&world.cluster).and_then(|own| own.get(&world.node));
         let claim = me.map(|me| me.claim.clone()).unwrap_or_default();
-        let firewall = firewall::firewall(world, members, &claim, &mut findings);
+        let mut firewall = firewall::firewall(world, members, &claim);
         let frame = Frame {
             cluster: world.cluster.clone(),
             node: world.node.clone(),
@@ -138,7 +138,8 @@ impl Rest {
             unreached: eligible::unreached(world, &devices),
         };
         if members.contains_key(&world.cluster) {
-            let routes = route::routes(world, members, &stations, &devices, &mut findings);
+            let (routes, narrow) = route::routes(world, members, &stations, &devices, &mut findings);
+            firewall.narrow = narrow;
             desired.rules = Section::Set(rule::rules(&routes, &devices));
             desired.devices = Section::Set(devices);
             desired.routes = Section::Set(routes);

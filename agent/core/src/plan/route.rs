@@ -6,27 +6,32 @@ use std::net::IpAddr;
 use tombolo_proto::model::{ClusterId, DeviceFamily, DeviceNumber, Family, Lane, Prefix};
 
 use super::findings::Findings;
+use super::peer::MIN_MTU;
 use super::roster::Stations;
 use crate::desired::{Peer, Route, TABLE_IN, TABLE_OUT, TunnelDevice, Via};
+use crate::liveness::PeerId;
 use crate::world::{Health, Members, NodeWorld};
 
-/// Plans the routes of this node over the slots that are not known to be dead.
+/// Plans the routes of this node over the slots that are not known to be dead. Also told: IPv6 destinations whose path
+/// carries less than IPv6 asks for, none of them within another.
 pub(crate) fn routes(
     world: &NodeWorld,
     members: &Members,
     stations: &BTreeMap<&ClusterId, Stations<'_>>,
     devices: &BTreeMap<DeviceNumber, TunnelDevice>,
     findings: &mut Findings,
-) -> BTreeSet<Route> {
-    let Some(own) = members.get(&world.cluster) else { return BTreeSet::new() };
+) -> (BTreeSet<Route>, BTreeSet<Prefix>) {
+    let Some(own) = members.get(&world.cluster) else { return Default::default() };
     let me = stations.get(&world.cluster).and_then(|own| own.get(&world.node));
     let gateway = me.is_some_and(|me| me.endpoint.rank.is_gateway());
     let source = |family: Family| -> Option<IpAddr> {
         me.and_then(|me| me.claim.tunnel.iter().copied().find(|a| Family::of(*a) == family))
     };
-    let out = |prefix: Prefix, via: Via| {
+    let mut narrow = Narrow { devices, lengths: &world.health.narrow, found: BTreeSet::new() };
+    let mut out = |prefix: Prefix, via: Via| {
         let source = if via == Via::Unreachable { None } else { source(prefix.family()) };
-        Route { table: TABLE_OUT, prefix, via, source }
+        let mtu = narrow.mtu(prefix, &via);
+        Route { table: TABLE_OUT, prefix, via, source, mtu }
     };
     let mut routes = BTreeSet::new();
     let mut direct = direct(world, stations, devices);
@@ -81,12 +86,52 @@ pub(crate) fn routes(
             routes.extend(tunnel.iter().map(|&prefix| out(prefix, via())));
             if gateway {
                 let inside = |p: &&Prefix| tunnel.contains(*p) || own.owned.iter().any(|own| own.covers(p));
-                let route = |&prefix: &Prefix| Route { table: TABLE_IN, prefix, via: via(), source: None };
+                let route = |&prefix: &Prefix| Route { table: TABLE_IN, source: None, ..out(prefix, via()) };
                 routes.extend(peer.allowed.iter().filter(inside).map(route));
             }
         }
     }
-    routes
+    let found = std::mem::take(&mut narrow.found);
+    for ((number, key), length) in world.health.narrow.iter().filter(|(_, length)| **length < MIN_MTU) {
+        let Some(peer) = devices.get(number).and_then(|device| device.peers.get(key)) else { continue };
+        let text = format!(
+            "the path to it carries packets of {length} bytes inside of the tunnel, and IPv6 needs {MIN_MTU}: TCP goes on \
+             with shorter segments, longer IPv6 packets of other protocols are lost; raise the MTU between the nodes"
+        );
+        findings.warning("PathTooNarrow", format!("node {}", peer.node), text);
+    }
+    let within = |prefix: &Prefix| found.iter().any(|other| other != prefix && other.covers(prefix));
+    (routes, found.iter().filter(|prefix| !within(prefix)).copied().collect())
+}
+
+/// What paths carry less than their devices.
+struct Narrow<'a> {
+    devices: &'a BTreeMap<DeviceNumber, TunnelDevice>,
+    lengths: &'a BTreeMap<PeerId, u16>,
+    /// IPv6 destinations whose path carries less than IPv6 asks for.
+    found: BTreeSet<Prefix>,
+}
+
+impl Narrow<'_> {
+    /// The longest packet that a route's every path carries.
+    fn mtu(&mut self, prefix: Prefix, via: &Via) -> Option<u16> {
+        let Via::Devices(numbers) = via else { return None };
+        // Hardly ever is there any.
+        let of = self.lengths.iter().filter(|((number, key), _)| {
+            let peer = self.devices.get(number).and_then(|device| device.peers.get(key));
+            numbers.contains(number)
+                && peer.is_some_and(|peer| {
+                    let host = |a: &IpAddr| Prefix::host(*a).is_ok_and(|host| host == prefix);
+                    peer.allowed.contains(&prefix) || peer.tunnel.iter().any(host)
+                })
+        });
+        let least = of.map(|(_, length)| *length).min()?;
+        if prefix.family() == Family::V6 && least < MIN_MTU {
+            self.found.insert(prefix);
+            return Some(MIN_MTU);
+        }
+        Some(least)
+    }
 }
 
 /// What meshed nodes of other clusters have, by the device that leads to them: those whose path has proved itself. Unlike

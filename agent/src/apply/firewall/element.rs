@@ -196,6 +196,7 @@ pub(super) fn desired(firewall: &Firewall) -> BTreeMap<String, Elements> {
     }
     let devices = firewall.out_devices.iter().map(|n| (vec![Datum::Device(*n)], Vec::new()));
     all.insert("out_devices".to_owned(), devices.collect());
+    all.insert("narrow6".to_owned(), nets(firewall.narrow.iter().map(Prefix::net), Family::V6));
     all
 }
 
@@ -255,7 +256,7 @@ pub(super) fn vips_apart(
         vips: _,
         clusterset,
         resolvers,
-        mtu,
+        narrow,
     } = new;
     let same = old.reach == *reach
         && old.own == *own
@@ -268,7 +269,7 @@ pub(super) fn vips_apart(
         && old.exported == *exported
         && old.clusterset == *clusterset
         && old.resolvers == *resolvers
-        && old.mtu == *mtu;
+        && old.narrow == *narrow;
     if !same {
         return None;
     }
@@ -466,7 +467,7 @@ mod tests {
             vips: [(vip, balance)].into(),
             clusterset: BTreeSet::new(),
             resolvers: BTreeSet::new(),
-            mtu: 1420,
+            narrow: BTreeSet::new(),
         };
         let all = desired(&firewall);
         assert_eq!(all["vip4"].values().next().unwrap(), &[Datum::Pick(Family::V4, 5)]);

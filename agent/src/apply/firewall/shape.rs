@@ -6,6 +6,7 @@ use std::fmt::Write;
 
 use ring::digest;
 use tombolo_agent_core::desired::{DNS_PORT, MARK, MARK_MASK};
+use tombolo_agent_core::path_mtu::LEAST;
 
 use super::element::Column;
 
@@ -100,6 +101,7 @@ pub(super) fn shape() -> Shape {
     b.set("out_devices".into(), "type ifname", &[Column::Device]);
     sets(&mut b, "4", "ip", "ipv4_addr");
     sets(&mut b, "6", "ip6", "ipv6_addr");
+    b.set("narrow6".into(), "type ipv6_addr; flags interval", &[Column::Net]);
 
     transit(&mut b);
     source(&mut b);
@@ -188,6 +190,14 @@ fn transit(b: &mut Builder) {
     b.rule("hub", "iifname @out_devices oifname @out_devices counter name hub_dropped drop");
     b.hook("clamp", "filter hook forward priority mangle");
     b.rule("clamp", "oifname \"tombolo*\" tcp flags syn tcp option maxseg size set rt mtu");
+    // No route is so narrow in IPv6; a path may be.
+    b.rule(
+        "clamp",
+        format!(
+            "oifname \"tombolo*\" ip6 daddr @narrow6 tcp flags syn tcp option maxseg size set {}",
+            LEAST - 60
+        ),
+    );
 }
 
 /// Source kept between pods, the tunnel address for everything else.

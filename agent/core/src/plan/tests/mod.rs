@@ -6,6 +6,7 @@ mod eligible;
 mod mcs;
 mod merge;
 mod mesh;
+mod narrow;
 mod node;
 mod piece;
 mod planner;

@@ -119,6 +119,7 @@ fn a_gateway_as_in_the_data_path() {
         prefix: net(prefix),
         via: Via::Devices([number(n)].into()),
         source: None,
+        mtu: None,
     };
     assert!(routes.contains(&inward("10.1.3.0/24", 4)) && routes.contains(&inward("fd00:10:1:2::/64", 6)));
     assert!(!routes.iter().any(|r| r.table == TABLE_IN && r.prefix == net("10.2.0.0/16")));
@@ -133,8 +134,13 @@ fn a_worker_as_in_the_data_path() {
     assert_eq!(table(&desired).keys().copied().collect::<Vec<_>>(), [5, 6]);
     assert_eq!(slots(&desired, "10.2.0.0/16"), Some(vec![5, 6]));
     assert!(!desired.routes.get().unwrap().iter().any(|r| r.table == TABLE_IN));
-    let unreachable =
-        Route { table: TABLE_OUT, prefix: net("10.2.0.0/16"), via: Via::Unreachable, source: None };
+    let unreachable = Route {
+        table: TABLE_OUT,
+        prefix: net("10.2.0.0/16"),
+        via: Via::Unreachable,
+        source: None,
+        mtu: None,
+    };
     assert!(desired.routes.get().unwrap().contains(&unreachable));
     assert_eq!(firewall(&desired).local, nets(&["10.1.3.0/24", "fd00:10:1:3::/64"]));
 }
@@ -611,7 +617,7 @@ proptest! {
             }
         }
         for prefix in foreign.iter().filter(|_| here) {
-            let twin = Route { table: TABLE_OUT, prefix: *prefix, via: Via::Unreachable, source: None };
+            let twin = Route { table: TABLE_OUT, prefix: *prefix, via: Via::Unreachable, source: None, mtu: None };
             prop_assert!(routes.contains(&twin), "{prefix} would leave in clear");
         }
         for rule in desired.rules.get().unwrap() {

@@ -331,16 +331,22 @@ impl Walk<'_> {
             }
         }
         let least = slots.iter().filter_map(|n| links.get(n)).map(|link| link.mtu).min().unwrap_or(0);
-        let bytes = usize::try_from(least).unwrap_or(0);
+        let narrow = self.here.world.health.narrow.iter();
+        let narrow = narrow
+            .filter(|((number, _), _)| slots.contains(number))
+            .map(|(_, bytes)| u64::from(*bytes))
+            .min();
+        let bytes = usize::try_from(narrow.map_or(least, |bytes| bytes.min(least))).unwrap_or(0);
         match self.kernel.echo(to, None, bytes) {
             Ok(Reply::Answered(_)) => {
-                self.ok("mtu", format!("{bytes} bytes pass, there and back"));
+                let path = narrow.map(|_| format!("; the path carries no more, the device {least}"));
+                self.ok("mtu", format!("{bytes} bytes pass, there and back{}", path.unwrap_or_default()));
                 Ok(())
             }
             Ok(_) => self.fail(
                 "mtu",
                 format!("small packets pass to {cluster}, packets of {bytes} bytes do not"),
-                &["a link between the two carries less than its ends say: raise its MTU, or lower that of both nodes' links"],
+                &["a link between the two carries less than its ends say; the agent finds that out within ten seconds, if it runs"],
             ),
             Err(error) => {
                 self.warn("mtu", format!("{bytes} bytes; not tried: {error}"), &[]);
