@@ -262,12 +262,15 @@ fn asked(lab: &Lab, names: &BTreeSet<String>, wanted: bool, within: Duration) ->
     })?
 }
 
-/// Resident memory of an agent proper (below its holder), in MB.
-fn memory(lab: &Lab, place: &str, program: &str) -> Result<f64> {
+/// Resident memory of an agent proper (below its holder), in MB: all, and that which is not the program itself.
+fn memory(lab: &Lab, place: &str, program: &str) -> Result<(f64, f64)> {
     let status = std::fs::read_to_string(format!("/proc/{}/status", lab.child_pid(place, program)?))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
-    let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
-    Ok(kib * 1024.0 / 1e6)
+    let of = |name: &str| -> Result<f64> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).context("a line of status")?;
+        let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
+        Ok(kib * 1024.0 / 1e6)
+    };
+    Ok((of("VmRSS:")?, of("RssAnon:")?))
 }
 
 /// Seconds of processor that programs of the lab have used, by name.
@@ -475,8 +478,10 @@ fn many(lab: &Lab, (from, to): &(Admin, Admin), count: usize) -> Result<Duration
         ("controller-eu-west-0", "controller", "kubernetes-controller-memory"),
         ("controller-eu-west-1", "controller", "kubernetes-controller-memory"),
     ] {
-        let mb = memory(lab, place, program)?;
-        eprintln!("{program} in {place} with {count} imports: {mb:.0} MB");
+        let (mb, own) = memory(lab, place, program)?;
+        eprintln!(
+            "{program} in {place} with {count} imports: {mb:.0} MB, {own:.0} of it not the program's file"
+        );
         measured(event, mb, "MB")?;
     }
     let writes = rest(&[from, to], Duration::from_secs(if strict() { 60 } else { 10 }))?;

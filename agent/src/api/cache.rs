@@ -5,21 +5,25 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, BufWriter, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde::de::DeserializeOwned;
+use serde::ser::{Error as _, SerializeMap as _, SerializeSeq as _};
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::value::RawValue;
 use tombolo_agent_core::known::Known;
 use tombolo_agent_core::object::Node;
 use tombolo_proto::model::NodeName;
 use tracing::{info, warn};
 
-use super::kind::{self, Problem, cluster_set, member, multicluster, slice, typed};
+use super::kind::{self, Problem, cluster_set, member, multicluster, slice};
 use super::{Error, Observed};
 
 /// The file's name in a state directory.
 pub const FILE: &str = "world.json";
+const API_VERSION: &str = "tombolo.dev/v1alpha1";
 /// Bytes of it.
 const MAX_BYTES: u64 = 256 * 1024 * 1024;
 
@@ -54,8 +58,7 @@ impl Cache {
             object: format!("file {}", self.path.display()),
             message: format!("the cache is damaged ({problem}) and not used; it is written anew"),
         };
-        let value: Value = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
-        let observed = decode(&value).map_err(|problem| damaged(problem.message))?;
+        let observed = decode(&bytes).map_err(|problem| damaged(problem.message))?;
         self.last = Some(observed.clone());
         Ok(Some(observed))
     }
@@ -106,11 +109,7 @@ impl Cache {
         {
             return Ok(false);
         }
-        let value = encode(observed).map_err(|problem| Error::Object {
-            object: format!("file {}", self.path.display()),
-            message: problem.message,
-        })?;
-        self.write(&value)?;
+        self.write(&Saved(observed))?;
         self.last = Some(Observed {
             members: observed.members.clone(),
             member_nodes: observed.member_nodes.clone(),
@@ -123,82 +122,133 @@ impl Cache {
         Ok(true)
     }
 
-    fn write(&self, value: &Value) -> Result<(), Error> {
+    fn write(&self, saved: &Saved<'_>) -> Result<(), Error> {
         let dir = self.path.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(dir).map_err(Error::io("make the directory", dir))?;
         let temporary = self.path.with_extension("json.tmp");
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(true)
             .mode(0o600)
             .open(&temporary)
             .map_err(Error::io("make", &temporary))?;
-        let bytes = serde_json::to_vec(value).map_err(|e| Error::io("encode", &temporary)(e.into()))?;
-        let written = file.write_all(&bytes).and_then(|()| file.sync_all());
-        written.map_err(Error::io("write", &temporary))?;
+        let mut out = BufWriter::new(file);
+        serde_json::to_writer(&mut out, saved).map_err(|error| {
+            if error.is_io() {
+                return Error::io("write", &temporary)(error.into());
+            }
+            Error::Object { object: format!("file {}", self.path.display()), message: error.to_string() }
+        })?;
+        let file = out.into_inner().map_err(|error| Error::io("write", &temporary)(error.into_error()))?;
+        file.sync_all().map_err(Error::io("write", &temporary))?;
         fs::rename(&temporary, &self.path).map_err(Error::io("write", &self.path))
     }
 }
 
-fn encode(observed: &Observed) -> Result<Value, Problem> {
-    let (mut members, mut nodes, mut imports, mut slices) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for (cluster, value) in observed.members.get().into_iter().flatten() {
-        members.push(kind::json(&member::write(cluster, value)?));
+/// What is saved. Objects become JSON one at a time: as a tree in memory, those of 10,000 imports are 200 MB.
+struct Saved<'a>(&'a Observed);
+
+/// A list whose entries are made as they are written.
+struct Each<F>(F);
+
+impl<F, I, T> Serialize for Each<F>
+where
+    F: Fn() -> I,
+    I: Iterator<Item = Result<T, Problem>>,
+    T: Serialize,
+{
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let mut list = to.serialize_seq(None)?;
+        for entry in (self.0)() {
+            list.serialize_element(&entry.map_err(|problem| S::Error::custom(problem.message))?)?;
+        }
+        list.end()
     }
-    for (cluster, records) in observed.member_nodes.get().into_iter().flatten() {
-        let shards = member::write_nodes(cluster, records, &BTreeMap::new())?;
-        nodes.extend(shards.values().map(kind::json));
-    }
-    for (key, value) in observed.imports.get().into_iter().flatten() {
-        imports.push(kind::json(&multicluster::write_import(key, value)?));
-    }
-    for (key, value) in observed.slices.get().into_iter().flatten() {
-        slices.push(kind::json(&slice::write(key, value)?));
-    }
-    let set = observed.clusterset.get().and_then(Option::as_ref).map(cluster_set::write).transpose()?;
-    Ok(json!({
-        "apiVersion": "tombolo.dev/v1alpha1",
-        "kind": "Cache",
-        "clusterSet": set.as_ref().map(kind::json),
-        "members": members,
-        "memberNodes": nodes,
-        "imports": imports,
-        "slices": slices,
-        "nodes": observed.nodes.get(),
-    }))
 }
 
-fn decode(value: &Value) -> Result<Observed, Problem> {
-    if value.get("apiVersion").and_then(Value::as_str) != Some("tombolo.dev/v1alpha1") {
+impl Serialize for Saved<'_> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let observed = self.0;
+        let set = observed.clusterset.get().and_then(Option::as_ref).map(cluster_set::write).transpose();
+        let members = || {
+            let all = observed.members.get().into_iter().flatten();
+            all.map(|(cluster, value)| member::write(cluster, value))
+        };
+        let nodes = || {
+            let all = observed.member_nodes.get().into_iter().flatten();
+            all.flat_map(|(cluster, records)| match member::write_nodes(cluster, records, &BTreeMap::new()) {
+                Ok(shards) => shards.into_values().map(Ok).collect(),
+                Err(problem) => vec![Err(problem)],
+            })
+        };
+        let imports = || {
+            let all = observed.imports.get().into_iter().flatten();
+            all.map(|(key, value)| multicluster::write_import(key, value))
+        };
+        let slices = || {
+            let all = observed.slices.get().into_iter().flatten();
+            all.map(|(key, value)| slice::write(key, value))
+        };
+        let mut map = to.serialize_map(Some(8))?;
+        map.serialize_entry("apiVersion", API_VERSION)?;
+        map.serialize_entry("kind", "Cache")?;
+        map.serialize_entry("clusterSet", &set.map_err(|problem| S::Error::custom(problem.message))?)?;
+        map.serialize_entry("members", &Each(members))?;
+        map.serialize_entry("memberNodes", &Each(nodes))?;
+        map.serialize_entry("imports", &Each(imports))?;
+        map.serialize_entry("slices", &Each(slices))?;
+        map.serialize_entry("nodes", &observed.nodes.get())?;
+        map.end()
+    }
+}
+
+/// The same as it is read: objects as text, and then one at a time.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Loaded<'a> {
+    api_version: String,
+    #[serde(borrow, default)]
+    cluster_set: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    members: Vec<&'a RawValue>,
+    #[serde(borrow, default)]
+    member_nodes: Vec<&'a RawValue>,
+    #[serde(borrow, default)]
+    imports: Vec<&'a RawValue>,
+    #[serde(borrow, default)]
+    slices: Vec<&'a RawValue>,
+    #[serde(default)]
+    nodes: Option<BTreeMap<NodeName, Node>>,
+}
+
+fn typed<T: DeserializeOwned>(text: &RawValue) -> Result<T, Problem> {
+    serde_json::from_str(text.get()).map_err(|error| kind::bad(error.to_string()))
+}
+
+fn decode(bytes: &[u8]) -> Result<Observed, Problem> {
+    let loaded: Loaded<'_> = serde_json::from_slice(bytes).map_err(|error| kind::bad(error.to_string()))?;
+    if loaded.api_version != API_VERSION {
         return Err(kind::bad("it is of another version"));
     }
-    let list = |field: &str| value.get(field).and_then(Value::as_array).into_iter().flatten();
     let (mut members, mut imports, mut slices) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     let mut nodes: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
-    for object in list("members") {
+    for object in loaded.members {
         members.extend([member::read(&typed(object)?)?]);
     }
-    for object in list("memberNodes") {
+    for object in loaded.member_nodes {
         let (cluster, _, records) = member::read_nodes(&typed(object)?)?;
         nodes.entry(cluster).or_default().extend(records.into_iter().map(|r| (r.key.clone(), r)));
     }
-    for object in list("imports") {
+    for object in loaded.imports {
         imports.extend([multicluster::read_import(&typed(object)?)?]);
     }
-    for object in list("slices") {
+    for object in loaded.slices {
         slices.extend([slice::read(&typed::<k8s_openapi::api::discovery::v1::EndpointSlice>(object)?)?]);
     }
-    let set = match value.get("clusterSet") {
-        None | Some(Value::Null) => None,
-        Some(object) => Some(cluster_set::read(&typed(object)?)?),
-    };
-    let nodes_here: Option<BTreeMap<NodeName, Node>> = match value.get("nodes") {
-        None => None,
-        Some(nodes) => serde_json::from_value(nodes.clone()).map_err(|e| kind::bad(format!("nodes: {e}")))?,
-    };
+    let set = loaded.cluster_set.map(|object| cluster_set::read(&typed(object)?)).transpose()?;
     Ok(Observed {
-        nodes: nodes_here.map_or(Known::No, Known::Yes),
+        nodes: loaded.nodes.map_or(Known::No, Known::Yes),
         members: Known::Yes(members),
         member_nodes: Known::Yes(nodes),
         imports: Known::Yes(imports.into()),
