@@ -273,4 +273,18 @@ mod tests {
             assert_eq!(device_number(foreign), None, "{foreign}");
         }
     }
+
+    #[tokio::test]
+    async fn several_dumps_at_once_are_all_answered() {
+        let netlink = Netlink::open(Arc::default()).unwrap();
+        let links = || netlink.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()));
+        for _ in 0..20 {
+            for result in futures::future::join_all((0..50).map(|_| links())).await {
+                assert!(!result.unwrap().is_empty());
+            }
+            // One that nobody waits for.
+            let mut left = Box::pin(links());
+            let _ = futures::poll!(&mut left);
+        }
+    }
 }
