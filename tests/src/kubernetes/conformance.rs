@@ -17,6 +17,10 @@ use crate::topology::{Proxy, Topology};
 /// Two tests of the suite at the version of tests/kube want a ServiceExport's own labels on the import, which the
 /// specification forbids; later versions want those of `spec.exportedLabels`.
 const KNOWN_WRONG: &str = "!ExportedLabels";
+/// What the suite at this version wants and the specification does not: one ClusterSetIP for the whole set. Ours is each
+/// cluster's own; later versions take either.
+pub const OPEN: &str = "A DNS lookup of the <service>.<ns>.svc.clusterset.local domain for a ClusterIP service should resolve to \
+                        the clusterset IP";
 /// How long the suite may take.
 const WITHIN: Duration = Duration::from_secs(1800);
 
@@ -60,6 +64,13 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// Tests that failed, but for the one that is [`OPEN`].
+    #[must_use]
+    pub fn broken(&self) -> Vec<&str> {
+        let failed = self.lines.iter().filter(|line| matches!(line.verdict, Verdict::Failed(_)));
+        failed.map(|line| &*line.test).filter(|test| *test != OPEN).collect()
+    }
+
     /// How many passed, and how many were run.
     #[must_use]
     pub fn score(&self) -> (usize, usize) {
