@@ -1,7 +1,8 @@
 //! Many services on real API servers: how fast they are known, what that costs, and what it costs at rest.
 //!
 //! A landing makes 200 exports, with ten backends each; `TOMBOLO_FULL=1` 1,000. 10,000 take most of an hour and are made
-//! by a command of their own: `TOMBOLO_FULL=1 cargo test --release -p tombolo-lab --test scale -- --ignored`.
+//! by a command of their own, `TOMBOLO_FULL=1 cargo test --release -p tombolo-lab --test scale -- --ignored`, or as many as
+//! `TOMBOLO_EXPORTS` says.
 
 #![allow(clippy::print_stderr)]
 
