@@ -3,10 +3,10 @@
 //!
 //! A tunnel is taken to carry what its device does until a probe of the present length stays away [`TRIES`] times while
 //! short ones are answered. Then all lengths of the ladder are tried at once, a few times, and the longest that was
-//! answered counts. What has become shorter is tried again at full length now and then.
+//! answered counts. Once it is less than the device carries, all greater lengths are tried again now and then.
 //!
-//! Worst case from a path that narrows to the new length: 5.5 s until the next probe, 6 tries of 0.2 to 1 s, one or two
-//! volleys of the same: 7 s with a round trip below 50 ms. False alarms: with 5 % loss each way a probe fails with
+//! Worst case from a path that narrows to the new length: 5 s until the next probe, 6 tries of 0.2 to 1 s, 3 volleys of
+//! the same: 7 s with a round trip below 50 ms. False alarms: with 5 % loss each way a probe fails with
 //! p = 0.0975, six of them with 8.6e-7: once in two months for each peer, and the volley then finds the old length again.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -190,7 +190,7 @@ fn transit(b: &mut Builder) {
     b.rule("hub", "iifname @out_devices oifname @out_devices counter name hub_dropped drop");
     b.hook("clamp", "filter hook forward priority mangle");
     b.rule("clamp", "oifname \"tombolo*\" tcp flags syn tcp option maxseg size set rt mtu");
-    // No route is so narrow in IPv6; a path may be.
+    // No route is so narrow in IPv6; a path may be. Headers of IPv6 and TCP are 60 bytes.
     b.rule(
         "clamp",
         format!(
