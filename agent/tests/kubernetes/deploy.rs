@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::path::Path;
 
+use kube::api::{Patch, PatchParams};
 use kube::core::CustomResourceExt as _;
 use serde_json::{Value, json};
 use tombolo_agent::api::kind::cluster_set::ClusterSetResource;
@@ -15,7 +16,7 @@ use tombolo_agent_core::object::TunnelNode;
 use tombolo_proto::model::Family;
 
 use crate::objects::{derived, import, key, node, until};
-use crate::server::{Server, apply, deploy, get};
+use crate::server::{Server, api_of, apply, deploy, get};
 
 /// Documents of a file.
 fn documents(path: &Path) -> Vec<Value> {
@@ -178,6 +179,20 @@ async fn manifests_are_clean_and_grant_what_is_needed_and_nothing_else() {
     assert!(cause.contains("only the TunnelNode of its own node") && cause.contains("n1"), "{cause}");
     assert_eq!(api.write_tunnel_node(&node("n1"), &value).await.unwrap().written, 2);
     assert!(get(&client, "tombolo.dev/v1alpha1", "TunnelNode", "", "n2").await.is_none());
+    // Nor what another node reaches.
+    let n2 = json!({
+        "apiVersion": "tombolo.dev/v1alpha1", "kind": "TunnelNode",
+        "metadata": { "name": "n2" }, "spec": { "devices": [] },
+    });
+    apply(&client, n2.clone()).await;
+    let own = token(&server, "tombolo-node", Some("agent-n1"));
+    let own = server.client(server.kubeconfig("n1-again", &own)).await;
+    let status = json!({ "status": { "conditions": [] } });
+    let patch = Patch::Merge(&status);
+    let refused = api_of(&own, &n2).patch_status("n2", &PatchParams::default(), &patch).await;
+    let refused = refused.expect_err("another's status is refused").to_string();
+    assert!(refused.contains("only the TunnelNode of its own node"), "{refused}");
+    api_of(&own, &n2).patch_status("n1", &PatchParams::default(), &patch).await.unwrap();
     // A token that was stolen off no pod is no node's.
     let loose = connect(&server, "loose", &token(&server, "tombolo-node", None), true).await;
     until(&mut loose.observe(), "what there is", |now| now.tunnel_nodes.is_known()).await;
