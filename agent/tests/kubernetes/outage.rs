@@ -76,6 +76,12 @@ async fn an_api_server_that_goes_and_comes_withdraws_nothing() {
         Ok(0)
     });
     for name in ["second", "third"] {
+        // etcd goes on to where the watch of ServiceExports is not: else a new API server, which may begin with that watch,
+        // remembers all that the watch asks for.
+        let beyond = json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": name, "namespace": "shop" },
+        });
+        apply(&client, beyond).await;
         server.stop_api();
         until(&mut observed, "a finding on it", |now| now.findings.iter().any(|f| f.reason == "ApiTrouble"))
             .await;
