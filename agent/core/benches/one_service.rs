@@ -13,8 +13,10 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
 use tombolo_agent_core::known::{Known, Section};
-use tombolo_agent_core::object::{Import, Preferences, ServiceKey, Slice, SliceKey};
-use tombolo_agent_core::plan::piece::{self, OwnPlan, Shared};
+use tombolo_agent_core::object::{
+    Import, LocalKind, Preferences, Service, ServiceExport, ServiceKey, Slice, SliceKey,
+};
+use tombolo_agent_core::plan::piece::{self, Shared};
 use tombolo_agent_core::plan::{self, Planner};
 use tombolo_agent_core::shelf::Shelf;
 use tombolo_agent_core::world::{
@@ -185,9 +187,70 @@ fn tell(what: &str, mut times: Vec<Duration>) {
     println!("{what:<52} {median:>10.1} {worst:>10.1}   {:>6}", times.len());
 }
 
+/// A service of the own cluster.
+fn service(round: u32) -> Fallible<Service> {
+    Ok(Service {
+        kind: LocalKind::ClusterIP,
+        ports: vec![port(u16::try_from(80 + round % 2)?)?],
+        families: vec![Family::V4],
+        affinity: None,
+        internal_local: false,
+        traffic_distribution: None,
+    })
+}
+
+/// As the controller has it of the own cluster, which exports nothing.
+fn own_world() -> Fallible<ClusterWorld> {
+    let mut world = cluster_world()?;
+    world.nodes = Known::Yes(BTreeMap::new());
+    world.tunnel_nodes = Known::Yes(BTreeMap::new());
+    world.stated = Known::Yes(BTreeMap::new());
+    world.services = Known::Yes(Shelf::new());
+    world.exports = Known::Yes(Shelf::new());
+    world.backends = Known::Yes(Shelf::new());
+    Ok(world)
+}
+
+/// As many exports of the own cluster, of which one changes.
+fn own() -> Fallible<()> {
+    let mut world = own_world()?;
+    let (mut services, mut exports, mut local) = (Shelf::new(), Shelf::new(), Shelf::new());
+    for number in 0..SERVICES {
+        let key = key(number)?;
+        let export = ServiceExport {
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            created: 1,
+            preference: Preference::default(),
+            misread: None,
+        };
+        services.insert(key.clone(), service(0)?);
+        exports.insert(key.clone(), export);
+        let group = BackendGroup { ports: vec![port(80)?], backends: backends(number, 0) };
+        local.insert(key, vec![group]);
+    }
+    world.services = Known::Yes(services.clone());
+    world.exports = Known::Yes(exports);
+    world.backends = Known::Yes(local);
+    let begun = Instant::now();
+    let mut plan = piece::own(&world, None).ok_or("unknown")?;
+    let all = begun.elapsed();
+    let mut times = Vec::new();
+    for round in 1..=ROUNDS {
+        services.insert(key(round * 7 % SERVICES)?, service(round)?);
+        world.services = Known::Yes(services.clone());
+        let begun = Instant::now();
+        plan = black_box(piece::own(&world, Some(&plan))).ok_or("unknown")?;
+        times.push(begun.elapsed());
+    }
+    tell("controller: one own export", times);
+    tell("controller: all own exports", vec![all]);
+    Ok(())
+}
+
 fn controller() -> Fallible<()> {
     let mut world = cluster_world()?;
-    let own = OwnPlan::default();
+    let own = piece::own(&own_world()?, None).ok_or("unknown")?;
     let mut shared = Shared::new(world.cluster.clone(), world.clusterset, &BTreeMap::new());
     let mut imports = BTreeMap::new();
     let begun = Instant::now();
@@ -259,6 +322,7 @@ fn node() -> Fallible<()> {
 fn main() -> Fallible<()> {
     println!("{SERVICES} services imported, {} backends\n", SERVICES * BACKENDS);
     println!("{:<52} {:>10} {:>10}   {:>6}", "microseconds", "median", "worst", "rounds");
+    own()?;
     controller()?;
     node()
 }

@@ -194,7 +194,7 @@ fn entries<S: Serializer>(
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ClusterDesired {
     /// What the cluster states. Keep: state nothing new.
-    pub records: Section<BTreeMap<Scope, BTreeMap<RecordKey, Record>>>,
+    pub records: Section<BTreeMap<Scope, Shelf<RecordKey, Record>>>,
     /// Own nodes as in `records`, for the own MemberNodes.
     pub nodes: Section<BTreeMap<NodeName, Endpoint>>,
     /// ServiceImports.

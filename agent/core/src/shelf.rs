@@ -65,14 +65,29 @@ impl<K: Ord, V> Shelf<K, V> {
         after.saturating_sub(1)
     }
 
-    /// The entry of a key.
-    pub fn get_key_value<Q: Ord + ?Sized>(&self, key: &Q) -> Option<(&K, &V)>
+    fn entry<Q: Ord + ?Sized>(&self, key: &Q) -> Option<&(K, Arc<V>)>
     where
         K: Borrow<Q>,
     {
         let chunk = self.chunks.get(self.chunk_of(key))?;
         let at = chunk.binary_search_by(|(k, _)| k.borrow().cmp(key)).ok()?;
-        chunk.get(at).map(|(key, value)| (key, &**value))
+        chunk.get(at)
+    }
+
+    /// The entry of a key.
+    pub fn get_key_value<Q: Ord + ?Sized>(&self, key: &Q) -> Option<(&K, &V)>
+    where
+        K: Borrow<Q>,
+    {
+        self.entry(key).map(|(key, value)| (key, &**value))
+    }
+
+    /// The value of a key, to be held by others too.
+    pub fn get_shared<Q: Ord + ?Sized>(&self, key: &Q) -> Option<&Arc<V>>
+    where
+        K: Borrow<Q>,
+    {
+        self.entry(key).map(|(_, value)| value)
     }
 
     /// The value of a key.

@@ -188,11 +188,11 @@ pub struct ClusterWorld {
     /// Namespaces that exist here.
     pub namespaces: Known<BTreeSet<Namespace>>,
     /// Local services.
-    pub services: Known<BTreeMap<ServiceKey, Service>>,
+    pub services: Known<Shelf<ServiceKey, Service>>,
     /// What the users export.
-    pub exports: Known<BTreeMap<ServiceKey, ServiceExport>>,
+    pub exports: Known<Shelf<ServiceKey, ServiceExport>>,
     /// Backends of local services.
-    pub backends: Known<BTreeMap<ServiceKey, LocalBackends>>,
+    pub backends: Known<Shelf<ServiceKey, LocalBackends>>,
     /// Imports as they are: their ClusterSetIPs stick.
     pub imports: Known<BTreeMap<ServiceKey, Import>>,
     /// Imported EndpointSlices as they are: those of clusters that are not known stay.

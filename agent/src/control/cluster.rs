@@ -396,6 +396,7 @@ impl Controller {
         }
         let (cluster, ranges, topology) = (self.cluster.clone(), clusterset.clusterset, clusterset.topology);
         let mut local = self.local.take().ok_or_else(|| anyhow!("the last plan was never finished"))?;
+        let before = self.planned.as_ref().map(|(_, own)| own.clone());
         let work = move || {
             let shown = &input.observed;
             let world = ClusterWorld {
@@ -407,9 +408,9 @@ impl Controller {
                 tunnel_nodes: shown.tunnel_nodes.clone(),
                 stated: input.stated.clone(),
                 namespaces: shown.namespaces.clone(),
-                services: whole(&shown.services),
-                exports: whole(&shown.exports),
-                backends: whole(&shown.backends),
+                services: shown.services.clone(),
+                exports: shown.exports.clone(),
+                backends: shown.backends.clone(),
                 imports: Known::No,
                 slices: Known::No,
                 derived: Known::No,
@@ -417,7 +418,7 @@ impl Controller {
                 foreign: BTreeMap::new(),
                 unknown: BTreeSet::new(),
             };
-            let own = piece::own(&world).map(Arc::new);
+            let own = piece::own(&world, before.as_deref()).map(Arc::new);
             let changed = own.as_ref().is_some_and(|own| local.set_records(&own.records));
             (local, input, own, changed)
         };
@@ -484,7 +485,7 @@ impl Controller {
         self.planned = None;
         self.said.send_replace(None);
         if let Some(local) = &mut self.local {
-            self.unsaid |= local.set_records(&BTreeMap::new());
+            self.unsaid |= local.set_records::<BTreeMap<_, _>>([]);
         }
         let said = turn.map_or(Ok(()), |turn| self.publish(turn, &mut findings));
         self.shown.tell(Part::Voice, findings);
@@ -545,14 +546,6 @@ fn is_same_exported<V: PartialEq, E>(
             new.changed(old).into_iter().all(|key| !exports.contains_key(key))
         }
         _ => old == new,
-    }
-}
-
-/// All of it, as plans of everything take it.
-fn whole<K: Ord + Clone, V: Clone>(known: &Known<Shelf<K, V>>) -> Known<BTreeMap<K, V>> {
-    match known {
-        Known::Yes(shelf) => Known::Yes(shelf.iter().map(|(k, v)| (k.clone(), v.clone())).collect()),
-        Known::No => Known::No,
     }
 }
 

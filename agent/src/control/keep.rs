@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use tombolo_agent_core::keep::{self, Kept, Rewrite};
 use tombolo_agent_core::plan::piece::OwnPlan;
+use tombolo_agent_core::shelf::Shelf;
 use tombolo_proto::model::{ClusterId, Record, RecordKey, Scope};
 use tombolo_proto::trust::{Grant, Membership, RootChain, root_hash};
 use tombolo_proto::wire::{Documents, MembershipParts, decode_grant, decode_statement};
@@ -325,7 +326,7 @@ fn member_of(view: &View, cluster: &ClusterId, state: &OriginState) -> Option<Me
 fn is_said(own: &OwnPlan, state: &OriginState) -> bool {
     let planned = own.records.get(&Scope::Nodes);
     let said = state.records(&Scope::Nodes);
-    planned.map_or(0, BTreeMap::len) == said.map_or(0, |records| records.len())
+    planned.map_or(0, Shelf::len) == said.map_or(0, |records| records.len())
         && planned
             .into_iter()
             .flatten()

@@ -28,14 +28,17 @@ impl LocalOrigin {
         Self { set, cluster, scopes: BTreeMap::new(), leaves, namespaces_hash }
     }
 
-    /// Replaces all records. True if anything is different, and hence to be signed.
-    pub fn set_records(&mut self, records: &BTreeMap<Scope, BTreeMap<RecordKey, Record>>) -> bool {
+    /// Replaces all records: of each scope a map of them by key. True if anything is different, and hence to be signed.
+    pub fn set_records<'a, M: 'a>(&mut self, records: impl IntoIterator<Item = (&'a Scope, &'a M)>) -> bool
+    where
+        &'a M: IntoIterator<Item = (&'a RecordKey, &'a Record)>,
+    {
         let mut scopes = BTreeMap::new();
         let mut leaves = BTreeMap::new();
         let empty = ScopeRecords::default();
         for (scope, records) in records {
             let old = self.scopes.get(scope);
-            let new = old.map_or(&empty, |old| old).rebuilt(records.values());
+            let new = old.map_or(&empty, |old| old).rebuilt(records.into_iter().map(|(_, record)| record));
             let unchanged = old.filter(|old| ***old == new).cloned();
             let leaf = match (&unchanged, self.leaves.get(scope)) {
                 (Some(_), Some(leaf)) => Some(*leaf),

@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::collections::BTreeMap;
+
 use common::{Link, Member, interest, parts, record, roots, scope};
 use tombolo_proto::model::Position;
 use tombolo_proto::trust::{Binding, Membership, SigningKey};
@@ -101,7 +103,8 @@ fn an_old_key_says_nothing_any_more() {
     let mut thief = new(Interest::All);
     assert_eq!(thief.offer_documents(&member.documents()), []);
     let mut local = LocalOrigin::new(roots().set(), member.id());
-    local.set_records(&[(scope(0), [(record(9, 9, 10).key.clone(), record(9, 9, 10))].into())].into());
+    let forged = record(9, 9, 10);
+    local.set_records(&BTreeMap::from([(scope(0), BTreeMap::from([(forged.key.clone(), forged)]))]));
     let last = Position { serial: 1, generation: 0, epoch: u64::MAX, sequence: u64::MAX };
     thief.publish(local.sign(&old, last)).unwrap();
     settle(&mut thief, &mut receiver, &mut link());

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use crate::finding::{Finding, Severity};
 
 /// Findings of one plan: in order, without repetition, bounded.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Findings(BTreeSet<Finding>);
 
 impl Findings {

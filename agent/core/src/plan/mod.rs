@@ -32,6 +32,7 @@ use tombolo_proto::model::{Endpoint, NodeName, Record, RecordKey, Scope, record_
 use tombolo_proto::wire;
 
 pub use self::endpoint::is_stated;
+use self::export::Exports;
 use self::findings::Findings;
 pub(crate) use self::hash::stable as stable_hash;
 pub use self::planner::Planner;
@@ -39,6 +40,7 @@ use self::service::Sources;
 use crate::desired::{ClusterDesired, NodeDesired};
 use crate::finding::Finding;
 use crate::known::Section;
+use crate::shelf::Shelf;
 use crate::world::{ClusterWorld, NodeWorld};
 
 /// Plans a node.
@@ -62,7 +64,8 @@ pub fn cluster(world: &ClusterWorld) -> (ClusterDesired, Vec<Finding>) {
 fn plan_cluster(world: &ClusterWorld, findings: &mut Findings) -> ClusterDesired {
     let mut desired = ClusterDesired::default();
     let endpoints = endpoint::endpoints(world, findings);
-    let exports = export::exports(world, endpoints.as_ref(), findings);
+    let exports = export::exports(world, endpoints.as_ref(), None);
+    exports.iter().for_each(|exports| exports.tell(findings));
     let sources = Sources { world, own: exports.as_ref().map(|e| &e.good) };
 
     let services = service::services(&sources, findings);
@@ -81,13 +84,9 @@ fn plan_cluster(world: &ClusterWorld, findings: &mut Findings) -> ClusterDesired
         desired.derived = Section::Set(carriers);
     }
     if let (Some(endpoints), Some(exports)) = (&endpoints, &exports) {
-        let mut records = export::records(&exports.good, findings);
-        let nodes = node_records(endpoints, is_stated);
-        if !nodes.is_empty() {
-            records.insert(Scope::Nodes, nodes);
-        }
-        desired.records = Section::Set(records);
-        let mut statuses = exports.statuses.clone();
+        desired.records = Section::Set(records(exports, endpoints));
+        let mut statuses =
+            exports.statuses.iter().map(|(key, status)| (key.clone(), status.clone())).collect();
         if let Some(services) = &services {
             conflict::conflicts(&sources, services, &mut statuses);
         }
@@ -97,6 +96,19 @@ fn plan_cluster(world: &ClusterWorld, findings: &mut Findings) -> ClusterDesired
         desired.nodes = Section::Set(endpoints);
     }
     desired
+}
+
+/// A cluster's statement.
+fn records(
+    exports: &Exports,
+    endpoints: &BTreeMap<NodeName, Endpoint>,
+) -> BTreeMap<Scope, Shelf<RecordKey, Record>> {
+    let mut records = exports.records.clone();
+    let nodes = node_records(endpoints, is_stated);
+    if !nodes.is_empty() {
+        records.insert(Scope::Nodes, nodes.into());
+    }
+    records
 }
 
 fn node_records(

@@ -10,59 +10,59 @@ use std::net::IpAddr;
 use tombolo_proto::model::{ClusterId, Endpoint, Family, NodeName, Record, RecordKey, Scope, ServiceType};
 
 use super::address::Pools;
-use super::export::{self, Own};
+use super::export::{self, Exports};
 use super::findings::Findings;
 use super::service::{self, Sources};
 use super::vip::is_vip;
-use super::{address, conflict, derived, endpoint, is_stated, node_records, slice};
+use super::{address, conflict, derived, endpoint, is_stated, node_records, records, slice};
 use crate::finding::Finding;
 use crate::object::{Condition, DerivedService, ExportStatus, Import, ServiceKey, Slice, SliceKey};
+use crate::shelf::Shelf;
 use crate::world::{ClusterWorld, ClustersetRanges};
 
-/// What a cluster says of itself.
-#[derive(Debug, Default)]
+/// What a cluster says of itself. Copies, and plans that were made of one another, share what they have in common.
+#[derive(Debug, Clone)]
 pub struct OwnPlan {
-    /// Its statement.
-    pub records: BTreeMap<Scope, BTreeMap<RecordKey, Record>>,
+    /// Its statement; no scope is empty.
+    pub records: BTreeMap<Scope, Shelf<RecordKey, Record>>,
     /// Its nodes.
     pub nodes: BTreeMap<NodeName, Endpoint>,
     /// Records of those of them that it does not state, for the own MemberNodes.
     pub unstated: BTreeMap<RecordKey, Record>,
-    /// How its users' ServiceExports stand, without the condition `Conflict`: that one is the services'.
-    pub statuses: BTreeMap<ServiceKey, ExportStatus>,
     /// What is wrong.
     pub findings: Vec<Finding>,
-    exports: BTreeMap<ServiceKey, Own>,
+    exports: Exports,
 }
 
 impl OwnPlan {
     /// Services whose part by this cluster is another than in `old`.
     pub fn changed(&self, old: Option<&Self>) -> BTreeSet<ServiceKey> {
-        let nothing = BTreeMap::new();
-        let old = old.map_or(&nothing, |old| &old.exports);
-        let differs = |key: &&ServiceKey| old.get(*key) != self.exports.get(*key);
-        old.keys().chain(self.exports.keys()).filter(differs).cloned().collect()
+        match old {
+            None => self.exports.good.keys().cloned().collect(),
+            Some(old) => self.exports.good.changed(&old.exports.good).into_iter().cloned().collect(),
+        }
+    }
+
+    /// How its users' ServiceExports stand, without the condition `Conflict`: that one is the services'.
+    pub fn statuses(&self) -> &Shelf<ServiceKey, ExportStatus> {
+        &self.exports.statuses
     }
 }
 
-/// Plans what the cluster says of itself. None while an input is unknown. Other clusters do not matter.
-pub fn own(world: &ClusterWorld) -> Option<OwnPlan> {
+/// Plans what the cluster says of itself; exports that are as they were in `before` are taken from there. None while an
+/// input is unknown. Other clusters do not matter.
+pub fn own(world: &ClusterWorld, before: Option<&OwnPlan>) -> Option<OwnPlan> {
     let mut findings = Findings::default();
     let endpoints = endpoint::endpoints(world, &mut findings);
-    let exports = export::exports(world, endpoints.as_ref(), &mut findings)?;
+    let exports = export::exports(world, endpoints.as_ref(), before.map(|before| &before.exports))?;
     let nodes = endpoints?;
-    let mut records = export::records(&exports.good, &mut findings);
-    let said = node_records(&nodes, is_stated);
-    if !said.is_empty() {
-        records.insert(Scope::Nodes, said);
-    }
+    exports.tell(&mut findings);
     Some(OwnPlan {
-        records,
+        records: records(&exports, &nodes),
         unstated: node_records(&nodes, |endpoint| !is_stated(endpoint)),
         nodes,
-        statuses: exports.statuses,
         findings: findings.into_vec(),
-        exports: exports.good,
+        exports,
     })
 }
 
@@ -268,8 +268,15 @@ pub fn service(
         }
     }
     let world = &*world;
-    let part: Option<BTreeMap<ServiceKey, Own>> =
-        own.map(|own| own.exports.get(key).map(|own| (key.clone(), own.clone())).into_iter().collect());
+    let part = own.map(|own| {
+        let mut part = Shelf::new();
+        own.exports
+            .good
+            .get_shared(key)
+            .into_iter()
+            .for_each(|own| part.insert_shared(key.clone(), own.clone()));
+        part
+    });
     let sources = Sources { world, own: part.as_ref() };
     let services = service::services(&sources, &mut findings)?;
     let existing = world.imports.get()?;

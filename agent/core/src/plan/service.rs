@@ -9,6 +9,7 @@ use super::findings::Findings;
 use crate::known::Objects;
 use crate::merge::{Constituent, Exposed, Merged, expose, merge};
 use crate::object::{Import, ServiceKey};
+use crate::shelf::Shelf;
 use crate::world::{ClusterWorld, Foreign};
 
 /// Services that one other cluster may have here.
@@ -27,7 +28,7 @@ pub(crate) struct Derived<'a> {
 pub(crate) struct Sources<'a> {
     pub(crate) world: &'a ClusterWorld,
     /// Own exports; None: the own cluster counts as unknown.
-    pub(crate) own: Option<&'a BTreeMap<ServiceKey, Own>>,
+    pub(crate) own: Option<&'a Shelf<ServiceKey, Own>>,
 }
 
 impl<'a> Sources<'a> {

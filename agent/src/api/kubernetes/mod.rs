@@ -185,7 +185,7 @@ impl Kubernetes {
         let wanted = |there: Option<&Entry>| {
             let Some(Object::Export(_, _, known, was)) = object(there) else { return Ok(None) };
             // What is not judged now stays as it was.
-            let mut whole = known.clone();
+            let mut whole = ExportStatus::clone(known);
             whole.conditions.extend(status.conditions.clone());
             let generation = there.and_then(|entry| entry.generation);
             let mut value = multicluster::write_status(&whole, was.as_ref(), now);

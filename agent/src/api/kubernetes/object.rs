@@ -147,15 +147,15 @@ fn resource(group: &str, version: &str, kind: &str, plural: &str) -> ApiResource
 pub(super) enum Object {
     Namespace(Namespace),
     Node(NodeName, Node),
-    Service(ServiceKey, Service),
+    Service(ServiceKey, Arc<Service>),
     /// One of ours, beside what it is as any Service.
     Derived {
-        as_service: (ServiceKey, Service),
+        as_service: (ServiceKey, Arc<Service>),
         of: ServiceKey,
-        value: DerivedService,
+        value: Arc<DerivedService>,
     },
     LocalSlice(slice::LocalSlice),
-    Export(ServiceKey, ServiceExport, ExportStatus, Option<ServiceExportStatus>),
+    Export(ServiceKey, Arc<ServiceExport>, Arc<ExportStatus>, Option<ServiceExportStatus>),
     Import {
         key: ServiceKey,
         value: Arc<Import>,
@@ -194,6 +194,7 @@ pub(super) fn read(source: Source, value: &mut Value) -> Result<Object, Problem>
         Kind::Service => {
             let object: core::Service = typed(value)?;
             let (key, as_any) = service::read(&object)?;
+            let as_any = Arc::new(as_any);
             let Some((of, mut value)) = derived::read(&object)? else {
                 return Ok(Object::Service(key, as_any));
             };
@@ -201,7 +202,7 @@ pub(super) fn read(source: Source, value: &mut Value) -> Result<Object, Problem>
                 // No Service is without a family: so it is seen to be another than it should be.
                 value.families.clear();
             }
-            Ok(Object::Derived { as_service: (key, as_any), of, value })
+            Ok(Object::Derived { as_service: (key, as_any), of, value: Arc::new(value) })
         }
         Kind::EndpointSlice => {
             let object: discovery::EndpointSlice = typed(value)?;
@@ -227,7 +228,8 @@ pub(super) fn read(source: Source, value: &mut Value) -> Result<Object, Problem>
             }
             let object: multicluster::ServiceExportResource = typed(value)?;
             let (key, export) = multicluster::read_export(&object)?;
-            Ok(Object::Export(key, export, multicluster::read_status(&object), object.status))
+            let status = Arc::new(multicluster::read_status(&object));
+            Ok(Object::Export(key, Arc::new(export), status, object.status))
         }
         Kind::ServiceImport => {
             fill_families(value);

@@ -18,7 +18,7 @@ pub(super) async fn make(
 ) -> Result<DerivedService, Error> {
     let id = own(derived::id(key))?;
     match object(writer.entry(&id).as_ref()) {
-        Some(Object::Derived { value, .. }) if is(value, wanted) => return Ok(value.clone()),
+        Some(Object::Derived { value, .. }) if is(value, wanted) => return Ok(DerivedService::clone(value)),
         // The first family of a Service never changes: it is made anew, and its address is another.
         Some(Object::Derived { value, .. }) if other_family(value, wanted) => {
             writer.delete(&id).await?;
@@ -40,14 +40,14 @@ pub(super) async fn make(
     }?;
     let there = written.or_else(|| writer.entry(&id));
     match object(there.as_ref()) {
-        Some(Object::Derived { value, .. }) if is(value, wanted) => Ok(value.clone()),
+        Some(Object::Derived { value, .. }) if is(value, wanted) => Ok(DerivedService::clone(value)),
         Some(Object::Derived { value, .. }) => {
             // Something of somebody else's is in it, which server-side apply leaves.
             let ips = value.ips.clone();
             let body = json(&own(derived::write(key, &DerivedService { ips, ..wanted.clone() }))?);
             let entry = writer.replace(&id, Part::Main, body).await?;
             match object(Some(&entry)) {
-                Some(Object::Derived { value, .. }) => Ok(value.clone()),
+                Some(Object::Derived { value, .. }) => Ok(DerivedService::clone(value)),
                 _ => Err(Error::Conflict { object: id.to_string() }),
             }
         }

@@ -76,7 +76,7 @@ pub(super) struct Tables {
     slices: Shelf<SliceKey, Slice>,
     backends: Shelf<ServiceKey, LocalBackends>,
     /// Slices of local services.
-    local: BTreeMap<ServiceKey, BTreeMap<Name, Arc<Object>>>,
+    local: BTreeMap<ServiceKey, Vec<(Name, Arc<Object>)>>,
     /// Services whose backends may be others.
     unmerged: BTreeSet<ServiceKey>,
     /// Sources of the small parts that are others since.
@@ -205,10 +205,12 @@ impl Tables {
                     _ => {}
                 }
                 match new.as_deref() {
-                    Some(Object::Service(key, value)) => self.services.insert(key.clone(), value.clone()),
+                    Some(Object::Service(key, value)) => {
+                        self.services.insert_shared(key.clone(), value.clone());
+                    }
                     Some(Object::Derived { as_service: (key, service), of, value }) => {
-                        self.services.insert(key.clone(), service.clone());
-                        self.derived.insert(of.clone(), value.clone());
+                        self.services.insert_shared(key.clone(), service.clone());
+                        self.derived.insert_shared(of.clone(), value.clone());
                     }
                     _ => {}
                 }
@@ -220,8 +222,8 @@ impl Tables {
                     self.unmerged.insert(key.clone());
                 }
                 if let Some(Object::Export(key, export, status, _)) = new.as_deref() {
-                    self.exports.insert(key.clone(), export.clone());
-                    self.statuses.insert(key.clone(), status.clone());
+                    self.exports.insert_shared(key.clone(), export.clone());
+                    self.statuses.insert_shared(key.clone(), status.clone());
                     self.unmerged.insert(key.clone());
                 }
                 self.dirty.insert(source);
@@ -246,7 +248,7 @@ impl Tables {
                     Some(Object::Slice(key, _)) => drop(self.slices.remove(key)),
                     Some(Object::LocalSlice(slice)) => {
                         if let Some(all) = self.local.get_mut(&slice.service) {
-                            all.remove(name);
+                            all.retain(|(other, _)| other != name);
                             if all.is_empty() {
                                 self.local.remove(&slice.service);
                             }
@@ -262,8 +264,10 @@ impl Tables {
                     Some(Object::LocalSlice(slice)) => {
                         let service = slice.service.clone();
                         self.unmerged.insert(service.clone());
+                        // Few, and in the order of their names.
                         let all = self.local.entry(service).or_default();
-                        all.extend(new.map(|new| (name.clone(), new)));
+                        let at = all.partition_point(|(other, _)| other < name);
+                        new.into_iter().for_each(|new| all.insert(at, (name.clone(), new)));
                     }
                     _ => {}
                 }
@@ -383,11 +387,11 @@ impl Tables {
             let slices = self.local.get(&key).filter(|_| self.exports.contains_key(&key));
             match slices {
                 Some(slices) => {
-                    let local = |object: &'_ Arc<Object>| match &**object {
+                    let local = |(_, object): &(Name, Arc<Object>)| match &**object {
                         Object::LocalSlice(slice) => Some(slice.clone()),
                         _ => None,
                     };
-                    let slices: Vec<LocalSlice> = slices.values().filter_map(local).collect();
+                    let slices: Vec<LocalSlice> = slices.iter().filter_map(local).collect();
                     self.backends.insert(key, slice::merge(&slices));
                 }
                 None => drop(self.backends.remove(&key)),

@@ -41,7 +41,7 @@ pub(super) struct Said {
 struct Held {
     import: Option<Import>,
     derived: Option<DerivedService>,
-    slices: BTreeMap<SliceKey, Slice>,
+    slices: Shelf<SliceKey, Slice>,
     conflict: Option<Condition>,
     /// When all of it was written; None: it is to be.
     written: Option<Duration>,
@@ -223,12 +223,12 @@ impl Desk {
             self.queue.add(Some(cluster), keys);
         }
         // Whether they conflict with anybody is known, or not known, anew.
-        let own: Vec<ServiceKey> = self.own.iter().flat_map(|own| own.statuses.keys().cloned()).collect();
+        let own: Vec<ServiceKey> = self.own.iter().flat_map(|own| own.statuses().keys().cloned()).collect();
         self.queue.add(None, own);
     }
 
     fn everything(&mut self, view: &View, observed: &Observed) {
-        let own: Vec<ServiceKey> = self.own.iter().flat_map(|own| own.statuses.keys().cloned()).collect();
+        let own: Vec<ServiceKey> = self.own.iter().flat_map(|own| own.statuses().keys().cloned()).collect();
         self.queue.add(None, own);
         for cluster in view.states.keys().filter(|cluster| **cluster != self.us) {
             let mut keys = BTreeSet::new();
@@ -339,7 +339,7 @@ impl Desk {
         else {
             return;
         };
-        let mut held = self.planned.remove(&key);
+        let held = self.planned.remove(&key);
         let shown = imports.get(&key);
         let existing = match &held {
             Some(held) => held.import.clone(),
@@ -351,8 +351,8 @@ impl Desk {
         };
         let mut there: BTreeMap<SliceKey, Slice> =
             slices_of(slices, &key).map(|(slice, value)| (slice.clone(), value.clone())).collect();
-        if let Some(held) = &mut held {
-            there.append(&mut held.slices);
+        if let Some(held) = &held {
+            there.extend(held.slices.iter().map(|(slice, value)| (slice.clone(), value.clone())));
         }
         world.imports = Known::Yes(existing.iter().map(|import| (key.clone(), import.clone())).collect());
         world.slices = Known::Yes(there.keys().cloned().collect());

@@ -264,12 +264,9 @@ impl Work {
         let Some(shown) = observed.statuses.get() else { return };
         let Statuses { own, shown: before, odd } = &mut self.statuses;
         if own.as_ref().is_none_or(|own| !Arc::ptr_eq(own, &said.own)) {
-            let old = own.as_ref().map(|own| &own.statuses);
-            let new = said.own.statuses.iter();
-            let differs = |(key, status): &(&ServiceKey, &ExportStatus)| {
-                old.and_then(|old| old.get(*key)) != Some(*status)
-            };
-            odd.extend(new.filter(differs).map(|(key, _)| key.clone()));
+            let nothing = Shelf::new();
+            let old = own.as_ref().map_or(&nothing, |own| own.statuses());
+            odd.extend(said.own.statuses().changed(old).into_iter().cloned());
             *own = Some(said.own.clone());
         }
         odd.extend(shown.changed(before).into_iter().cloned());
@@ -277,7 +274,7 @@ impl Work {
         let mut changed: BTreeMap<ServiceKey, ExportStatus> = BTreeMap::new();
         for key in std::mem::take(odd) {
             // Not stamped yet, or gone.
-            let (Some(status), Some(there)) = (said.own.statuses.get(&key), shown.get(&key)) else {
+            let (Some(status), Some(there)) = (said.own.statuses().get(&key), shown.get(&key)) else {
                 continue;
             };
             let mut status = status.clone();

@@ -765,7 +765,7 @@ fn of_a_thousand_nodes_others_hear_of_the_gateways() {
         desired.records.get().unwrap()[&Scope::Nodes].keys().map(|key| key.name()[0].to_string()).collect();
     assert_eq!(stated, ["n0007", "n0407", "n0807"]);
     // What is kept beside the statement is the rest, and it is all that is needed to go on as before.
-    let own = crate::plan::piece::own(&world).unwrap();
+    let own = crate::plan::piece::own(&world, None).unwrap();
     assert_eq!(own.unstated.len(), 997);
     let again = applied(&world, &desired);
     assert_eq!(plan(&again).0.nodes, desired.nodes);

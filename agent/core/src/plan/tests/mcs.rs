@@ -15,6 +15,7 @@ use super::{id, port, service};
 use crate::desired::ClusterDesired;
 use crate::known::Known;
 use crate::object::{Import, LocalKind, Service, ServiceExport, Slice, SliceKey};
+use crate::shelf::Shelf;
 use crate::world::ClusterWorld;
 use crate::zone::Zone;
 
@@ -71,7 +72,7 @@ fn mcs_4_16_an_import_lives_as_long_as_somebody_exports() {
     assert_eq!(slices(&desired, "a/web").len(), 2);
 
     let mut one = applied(&both, &desired);
-    known(&mut one.exports).clear();
+    *known(&mut one.exports) = Shelf::new();
     let (desired, _) = plan(&one);
     assert_eq!(imports(&desired)[&service("a/web")].clusters, clusters(&["us"]));
     assert!(slices(&desired, "a/web").iter().all(|(key, _)| key.source == id("us")));
@@ -232,7 +233,7 @@ fn mcs_15_an_import_keeps_its_address_for_life() {
         &["10.2.1.1"],
     ));
     assert_eq!(address(&world), first);
-    known(&mut world.exports).clear();
+    *known(&mut world.exports) = Shelf::new();
     world = settle(world);
     assert_eq!(address(&world), first);
     known(&mut world.exports).insert(service("a/web"), user_export(MEMBER_SINCE + 9000));

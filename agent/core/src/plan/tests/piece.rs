@@ -1,10 +1,13 @@
 //! The plan in pieces is the plan.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use proptest::prelude::*;
+use tombolo_proto::model::{RecordKey, Scope, record_kind};
 
-use super::cluster::{any_world, applied, known};
+use super::cluster::{any_world, applied, known, local, user_export, world};
+use super::service;
 use crate::finding::Finding;
 use crate::known::{Known, Objects};
 use crate::object::{DerivedService, ExportStatus, Import, ServiceKey, Slice, SliceKey};
@@ -39,7 +42,10 @@ fn pieces(world: &ClusterWorld, own: &OwnPlan, shared: &mut Shared) -> Whole {
     let mut keys: BTreeSet<ServiceKey> = known(&mut world.imports.clone()).keys().cloned().collect();
     keys.extend(world.exports.get().unwrap().keys().cloned());
     keys.extend(world.foreign.values().flat_map(|f| f.exports.keys().cloned()));
-    let mut whole = Whole { statuses: own.statuses.clone(), ..Whole::default() };
+    let mut whole = Whole {
+        statuses: own.statuses().iter().map(|(k, v)| (k.clone(), v.clone())).collect(),
+        ..Whole::default()
+    };
     whole.findings.extend(own.findings.iter().cloned());
     for key in keys {
         let piece = piece::service(&mut part(world, &key), Some(own), &key, shared).unwrap();
@@ -80,7 +86,7 @@ proptest! {
         }
         let mut shared =
             Shared::new(first.cluster.clone(), first.clusterset, first.imports.get().unwrap());
-        let own = piece::own(&first).unwrap();
+        let own = piece::own(&first, None).unwrap();
         let whole = pieces(&first, &own, &mut shared);
         same(&first, &own, whole)?;
         // Another world later, with what was made of the first one there.
@@ -88,7 +94,7 @@ proptest! {
         let now = applied(&first, &desired);
         let next =
             ClusterWorld { stated: now.stated.clone(), imports: now.imports, slices: now.slices, ..second };
-        let later = piece::own(&next).unwrap();
+        let later = piece::own(&next, Some(&own)).unwrap();
         let whole = pieces(&next, &later, &mut shared);
         same(&next, &later, whole)?;
         // What is not planned again is what did not change.
@@ -99,4 +105,31 @@ proptest! {
         }
         prop_assert!(later.changed(Some(&later)).is_empty());
     }
+}
+
+/// With ten thousand exports a change of one must not cost ten thousand.
+#[test]
+fn what_did_not_change_is_not_planned_again() {
+    let mut first = world();
+    for name in ["b/one", "b/two"] {
+        known(&mut first.services).insert(service(name), local(&[80]));
+        known(&mut first.exports).insert(service(name), user_export(0));
+    }
+    let before = piece::own(&first, None).unwrap();
+    let mut second = first.clone();
+    known(&mut second.services).insert(service("b/two"), local(&[81]));
+    // Not exported, and of no concern.
+    known(&mut second.services).insert(service("b/three"), local(&[80]));
+    let after = piece::own(&second, Some(&before)).unwrap();
+    assert_eq!(after.changed(Some(&before)), [service("b/two")].into());
+    let shared = |plan: &OwnPlan, name: &str| plan.statuses().get_shared(&service(name)).cloned().unwrap();
+    assert!(Arc::ptr_eq(&shared(&before, "b/one"), &shared(&after, "b/one")));
+    let of = |plan: &OwnPlan| plan.records[&Scope::Namespace("b".parse().unwrap())].clone();
+    let keys: Vec<RecordKey> = of(&after).changed(&of(&before)).into_iter().cloned().collect();
+    assert_eq!(keys, [RecordKey::new(record_kind::EXPORT, &["two"]).unwrap()]);
+    // Another right to speak concerns all of them.
+    second.own.owned.clear();
+    let revoked = piece::own(&second, Some(&after)).unwrap();
+    let anew = piece::own(&second, None).unwrap();
+    assert_eq!((revoked.records, revoked.findings), (anew.records, anew.findings));
 }
