@@ -465,6 +465,11 @@ impl Desk {
         self.queue.len()
     }
 
+    /// Whether an own export is planned in a moment.
+    pub(super) fn is_waiting(&self, key: &ServiceKey) -> bool {
+        self.queue.is_own(key)
+    }
+
     /// Condition `Conflict` of an own export, if it is known.
     pub(super) fn conflict(&self, key: &ServiceKey) -> Option<&Condition> {
         self.planned.get(key)?.conflict.as_ref()

@@ -273,6 +273,10 @@ impl Work {
         *before = shown.clone();
         let mut changed: BTreeMap<ServiceKey, ExportStatus> = BTreeMap::new();
         for key in std::mem::take(odd) {
+            // Looked at again when it was planned: one write then tells all of it.
+            if desk.is_waiting(&key) {
+                continue;
+            }
             // Not stamped yet, or gone.
             let (Some(status), Some(there)) = (said.own.statuses().get(&key), shown.get(&key)) else {
                 continue;

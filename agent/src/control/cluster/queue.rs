@@ -62,6 +62,11 @@ impl Queue {
         turn.or_insert(Turn { keys: BTreeSet::new(), credit: Credit::new() }).keys.extend(keys);
     }
 
+    /// Whether a service waits on the own cluster's account, which is never for long.
+    pub(super) fn is_own(&self, key: &ServiceKey) -> bool {
+        self.own.contains(key)
+    }
+
     /// How many wait.
     pub(super) fn len(&self) -> usize {
         self.own.len() + self.others.values().map(|turn| turn.keys.len()).sum::<usize>()

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -226,6 +226,8 @@ async fn until(what: &str, mut condition: impl FnMut() -> bool) {
 struct Blind {
     directory: Directory,
     shown: watch::Sender<Arc<Observed>>,
+    /// Statuses, one after the other.
+    told: Mutex<Vec<(ServiceKey, ExportStatus)>>,
 }
 
 impl Blind {
@@ -244,7 +246,7 @@ impl Blind {
                 sender.send_replace(Arc::new(now));
             }
         });
-        Arc::new(Self { directory, shown })
+        Arc::new(Self { directory, shown, told: Mutex::default() })
     }
 }
 
@@ -287,6 +289,8 @@ impl ClusterApi for Blind {
         desired: &BTreeMap<ServiceKey, ExportStatus>,
         now: u64,
     ) -> Result<Applied, Error> {
+        let statuses = desired.iter().map(|(key, status)| (key.clone(), status.clone()));
+        self.told.lock().unwrap().extend(statuses);
         self.directory.apply_statuses(desired, now).await
     }
 
@@ -482,6 +486,21 @@ async fn a_write_that_fails_holds_up_no_other() {
     std::fs::remove_file(&slices).unwrap();
     until("the slices are there", || bench.directory.read().slices.get().is_some_and(|s| !s.is_empty()))
         .await;
+    running.end().await;
+}
+
+/// Whether it conflicts with others is known only once its service was planned, and a write on an API server is dear.
+#[tokio::test]
+async fn of_many_exports_each_is_told_at_once_all_of_how_it_stands() {
+    const MANY: usize = 200;
+    let bench = Bench::new();
+    (0..MANY).for_each(|n| bench.export(&format!("api-{n}")));
+    let api = Blind::open(bench.directory.root());
+    let running = bench.lead_by(api.clone()).await;
+    let told = || api.told.lock().unwrap().clone();
+    let keys = || told().into_iter().map(|(key, _)| key).collect::<BTreeSet<_>>();
+    until("all are told", || keys().len() == MANY).await;
+    assert!(told().iter().all(|(_, status)| status.conditions.contains_key("Conflict")));
     running.end().await;
 }
 
