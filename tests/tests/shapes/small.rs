@@ -1,10 +1,11 @@
 //! The smallest clusters, and the ones with the most gateways.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use tombolo_lab::fault::Fault;
-use tombolo_lab::{measured, scenario, scenario_alone, wait_until};
+use tombolo_lab::{Lab, measured, scenario, scenario_alone, wait_until};
 
 use super::common::{SOON, Shape, acquainted, bytes, findings, slots, up};
 
@@ -30,7 +31,28 @@ fn one_node_is_a_cluster() {
     });
 }
 
-/// Three gateways a side carry, each of them; a fourth one that is labelled is told about and carries nothing.
+/// How long the thread of each of a node's devices has run on a processor, in milliseconds (proc(5), `schedstat`).
+fn busy(lab: &Lab, node: &str) -> Result<BTreeMap<String, f64>> {
+    let net = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net"));
+    let here = net(&lab.pid(node, "agent")?.to_string())?;
+    let mut busy = BTreeMap::new();
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let pid = entry.file_name().to_string_lossy().into_owned();
+        // Not a process, or one that ended meanwhile.
+        let Ok(line) = std::fs::read_to_string(entry.path().join("cmdline")) else { continue };
+        let mut words = line.split_terminator('\0').rev();
+        let (Some(device), Some("worker")) = (words.next(), words.next()) else { continue };
+        if net(&pid).is_ok_and(|net| net == here) {
+            let stat = std::fs::read_to_string(entry.path().join("schedstat"))?;
+            let nanoseconds: f64 = stat.split_whitespace().next().context("schedstat is empty")?.parse()?;
+            busy.insert(device.to_owned(), nanoseconds / 1e6);
+        }
+    }
+    Ok(busy)
+}
+
+/// Three gateways a side carry, each of them; a fourth one that is labelled is told about and carries nothing. Each device
+/// is a thread, so that as many processors carry.
 #[test]
 fn three_gateways_all_carry() {
     scenario("small::three_gateways_all_carry", LIMIT, || {
@@ -58,6 +80,7 @@ fn three_gateways_all_carry() {
         let slots = slots(&lab, "us-gw2", "10.1.0.0/16")?;
         ensure!(slots == ["tombolo1", "tombolo2", "tombolo3"], "{slots:?}");
         let before: Vec<_> = lab.topology().nodes().map(|n| bytes(&lab, &n.name)).collect::<Result<_>>()?;
+        let idle = busy(&lab, "eu-w1")?;
         let mut flows = Vec::new();
         for p in 1..=6 {
             for q in 1..=6 {
@@ -79,10 +102,17 @@ fn three_gateways_all_carry() {
             lost += report.lost;
         }
         ensure!(lost == 0, "{lost} packets lost");
+        let busy = busy(&lab, "eu-w1")?;
+        let ran: Vec<f64> = ["tombolo5", "tombolo6", "tombolo7"]
+            .map(|device| busy.get(device).unwrap_or(&0.0) - idle.get(device).unwrap_or(&0.0))
+            .into();
+        eprintln!("eu-w1: milliseconds of processor of tombolo5 to tombolo7: {ran:.1?}");
+        let all: f64 = ran.iter().sum();
+        ensure!(ran.iter().all(|ran| *ran > 0.1 * all), "one thread does all: {ran:?}");
         for (node, before) in lab.topology().nodes().zip(before) {
             let after = bytes(&lab, &node.name)?;
             let carried = |device: &str| {
-                let grown = |all: &std::collections::BTreeMap<String, (u64, u64)>| {
+                let grown = |all: &BTreeMap<String, (u64, u64)>| {
                     all.get(device).map_or(0, |(received, sent)| received + sent)
                 };
                 grown(&after) - grown(&before)
