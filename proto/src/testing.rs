@@ -284,7 +284,12 @@ fn any_protocol() -> impl Strategy<Value = Protocol> {
 }
 
 fn any_ports() -> impl Strategy<Value = Vec<Port>> {
-    let named = btree_map(LABEL, (any_protocol(), 1..=u16::MAX, "[a-z/.]{0,8}"), 0..4).prop_map(|ports| {
+    let named = btree_map(
+        LABEL,
+        (any_protocol(), 1..=u16::MAX, "|([a-z]{1,4}[.]io/)?[a-z]([a-z.]{0,4}[a-z])?"),
+        0..4,
+    )
+    .prop_map(|ports| {
         let mut seen = BTreeSet::new();
         let port = |(name, (protocol, port, app)): (String, (Protocol, u16, String))| Port {
             name: Some(PortName::new(&name).unwrap()),

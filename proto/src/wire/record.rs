@@ -134,10 +134,19 @@ fn ports(list: &[pb::Port]) -> Result<Vec<Port>> {
             name: if p.name.is_empty() { None } else { Some(PortName::new(&p.name)?) },
             protocol,
             port: number,
-            app_protocol: text("app_protocol", &p.app_protocol, 317)?,
+            app_protocol: app_protocol(&p.app_protocol)?,
         })
     };
     list.iter().map(port).collect()
+}
+
+/// As an API server takes it: it refuses any other, and with it the whole Service.
+fn app_protocol(text: &str) -> Result<Option<String>> {
+    match text {
+        "" => Ok(None),
+        name if is_label_name(name) => Ok(Some(name.to_owned())),
+        _ => Err(bad("app_protocol", "not a qualified name")),
+    }
 }
 
 /// Kubernetes' own rules for a Service: each name and each (protocol, port) once, and names for all when

@@ -206,6 +206,11 @@ fn texts_and_lists_of_records() {
     }
     export.ports = vec![port("a", 1), port("b", 2)];
     assert!(read(&export).is_ok());
+    for (app_protocol, good) in [("kubernetes.io/h2c", true), ("http", true), ("a b", false), ("/x", false)] {
+        export.ports[0].app_protocol = app_protocol.into();
+        assert_eq!(read(&export).is_ok(), good, "{app_protocol}");
+    }
+    export.ports[0].app_protocol.clear();
     export.annotations.insert("a".into(), "x\ny".into());
     assert!(read(&export).is_err());
     export.annotations.clear();

@@ -58,11 +58,27 @@ pub(crate) fn carriers(
             ports: import.ports.clone(),
             affinity: import.affinity,
             internal_local: import.internal_local,
-            traffic_distribution: import.traffic_distribution.clone(),
+            traffic_distribution: traffic_distribution(key, import, findings),
         };
         services.set.insert(key.clone(), service);
     }
     (services, waiting)
+}
+
+/// What Services may ask for (Kubernetes 1.35): the API refuses any other value, and with it the whole Service.
+const TRAFFIC_DISTRIBUTIONS: [&str; 3] = ["PreferClose", "PreferSameZone", "PreferSameNode"];
+
+/// The import's, unless no Service can have it.
+fn traffic_distribution(key: &ServiceKey, import: &Import, findings: &mut Findings) -> Option<String> {
+    let wanted = import.traffic_distribution.as_deref()?;
+    if TRAFFIC_DISTRIBUTIONS.contains(&wanted) {
+        return Some(wanted.to_owned());
+    }
+    let text = format!(
+        "trafficDistribution `{wanted}` is none that Services here can have; connections are shared out evenly"
+    );
+    findings.warning("TrafficDistributionUnknown", format!("serviceimport {key}"), text);
+    None
 }
 
 /// The import's families that Services can have here, the one first that its Service has first: that one never changes.

@@ -123,3 +123,15 @@ fn nothing_goes_while_the_services_are_unknown() {
         (Section::Keep, Section::Keep, Section::Keep)
     );
 }
+
+/// A cluster states what it likes; an API server refuses the whole Service for it, and would be asked again for ever.
+#[test]
+fn what_no_service_can_ask_for_is_left_out_and_told() {
+    for (wanted, told) in [("PreferClose", false), ("Anywhere<script>", true)] {
+        let export = Export { traffic_distribution: Some(wanted.to_owned()), ..us_export(&[80]) };
+        let (desired, findings) = plan(&kubernetes(export));
+        let service = &derived(&desired)[&service("b/app")];
+        assert_eq!(service.traffic_distribution.as_deref(), (!told).then_some(wanted));
+        assert_eq!(findings.iter().any(|f| f.reason == "TrafficDistributionUnknown"), told);
+    }
+}
