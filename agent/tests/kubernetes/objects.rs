@@ -310,11 +310,37 @@ async fn services(
     )
     .await;
     until(observed, "the user's", |now| {
-        now.services.get().is_some_and(|all| all.keys().any(|key| key.name.as_str() == name))
+        now.derived.get().is_some_and(Shelf::is_empty)
+            && now.services.get().is_some_and(|all| all.keys().any(|key| key.name.as_str() == name))
     })
     .await;
-    assert!(matches!(make(derived(&[], &[Family::V4])).await, Err(Error::Object { .. })));
+    let refused = make(derived(&[], &[Family::V4])).await;
+    assert!(matches!(refused, Err(Error::Object { .. })), "{refused:?}");
     services.delete(&name, &DeleteParams::default()).await.unwrap();
+    until(observed, "its end", |now| {
+        now.services.get().is_some_and(|all| all.keys().all(|key| key.name.as_str() != name))
+    })
+    .await;
+    // What took the place of ours a moment ago, whether or not that was told yet, is not removed.
+    for _ in 0..20 {
+        make(derived(&[], &[Family::V4])).await.unwrap();
+        services.delete(&name, &DeleteParams::default()).await.unwrap();
+        apply(
+            client,
+            json!({
+                "apiVersion": "v1", "kind": "Service", "metadata": { "name": name, "namespace": "shop" },
+                "spec": { "ports": [{ "port": 80 }] },
+            }),
+        )
+        .await;
+        api.write_derived(BTreeMap::new(), [web.clone()].into()).await.unwrap();
+        services.delete(&name, &DeleteParams::default()).await.expect("the user's Service was removed");
+        until(observed, "its end", |now| {
+            now.derived.get().is_some_and(Shelf::is_empty)
+                && now.services.get().is_some_and(|all| all.keys().all(|key| key.name.as_str() != name))
+        })
+        .await;
+    }
 }
 
 async fn imports(

@@ -176,6 +176,22 @@ pub(super) enum Object {
     Other,
 }
 
+impl Object {
+    /// Of the kinds that others make too: whether this one is ours to remove.
+    pub(super) fn is_ours(&self) -> bool {
+        match self {
+            Self::Namespace(_)
+            | Self::Node(..)
+            | Self::Service(..)
+            | Self::LocalSlice(_)
+            | Self::Export(..)
+            | Self::Other => false,
+            Self::Import { ours, .. } | Self::Property(_, _, ours) => *ours,
+            _ => true,
+        }
+    }
+}
+
 /// Reads an object of a source.
 pub(super) fn read(source: Source, value: &mut Value) -> Result<Object, Problem> {
     let Source::Kind(kind) = source else { return foreign(source, value) };

@@ -23,12 +23,6 @@ pub(super) async fn make(
         Some(Object::Derived { value, .. }) if other_family(value, wanted) => {
             writer.delete(&id).await?;
         }
-        Some(Object::Service(..)) => {
-            return Err(Error::Object {
-                object: id.to_string(),
-                message: "a Service of this name is there that Tombolo has not made; remove it".to_owned(),
-            });
-        }
         _ => {}
     }
     let written = match apply(writer, key, wanted).await {
@@ -58,9 +52,13 @@ pub(super) async fn make(
 async fn apply(writer: &Writer, key: &ServiceKey, wanted: &DerivedService) -> Result<Option<Entry>, Error> {
     let id = own(derived::id(key))?;
     let body = json(&own(derived::write(key, wanted))?);
-    let ask = |there: Option<&Entry>| {
-        let same = matches!(object(there), Some(Object::Derived { value, .. }) if is(value, wanted));
-        Ok((!same).then(|| body.clone()))
+    let ask = |there: Option<&Entry>| match object(there) {
+        Some(Object::Derived { value, .. }) if is(value, wanted) => Ok(None),
+        Some(Object::Service(..)) => Err(Error::Object {
+            object: id.to_string(),
+            message: "a Service of this name is there that Tombolo has not made; remove it".to_owned(),
+        }),
+        _ => Ok(Some(body.clone())),
     };
     writer.apply(&id, Part::Main, ask).await
 }

@@ -115,12 +115,15 @@ impl Writer {
         }
     }
 
-    /// Removes an object as it was last told; true if it was there.
+    /// Removes an object of ours as it was last told; true if it was there. Somebody else's stays, also one that took the
+    /// place of ours a moment ago.
     pub(super) async fn delete(&self, id: &ObjectId) -> Result<bool, Error> {
         let mut patience = Patience::default();
         let mut last = Error::Conflict { object: id.to_string() };
         for _ in 0..ATTEMPTS {
-            let Some(entry) = self.entry(id) else { return Ok(false) };
+            let Some(entry) = self.entry(id).filter(|entry| is_ours(id.kind, entry)) else {
+                return Ok(false);
+            };
             let preconditions = Preconditions { resource_version: Some(entry.version), uid: None };
             let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
             let outcome = timed(self.api(id)?.delete(id.name.as_str(), &params)).await;
@@ -302,6 +305,17 @@ fn attempt<T>(outcome: Outcome<T>, action: &'static str, id: &ObjectId) -> Attem
             let cause = format!("no answer of the API server within {} s", REQUEST.as_secs());
             Attempt::Later(Error::Api { action, object, cause })
         }
+    }
+}
+
+/// Whether an object may be removed. Of our own kinds all are ours, and of the others what cannot be read is nobody's
+/// that is known.
+fn is_ours(kind: Kind, entry: &Entry) -> bool {
+    match kind {
+        Kind::Service | Kind::EndpointSlice | Kind::ServiceImport => {
+            entry.object.as_deref().is_some_and(Object::is_ours)
+        }
+        _ => true,
     }
 }
 
