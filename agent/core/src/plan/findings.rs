@@ -35,6 +35,11 @@ impl Findings {
 
     pub(crate) fn extend(&mut self, other: &Self) {
         for finding in &other.0 {
+            // Most of very many are not even copied.
+            let full = self.0.len() >= Self::MAX;
+            if full && self.0.last().is_some_and(|last| finding >= last) {
+                continue;
+            }
             self.0.insert(finding.clone());
             if self.0.len() > Self::MAX {
                 self.0.pop_last();
