@@ -301,14 +301,11 @@ async fn services(
     api.write_derived(BTreeMap::new(), [web.clone()].into()).await.unwrap();
     assert_eq!(get(client, "v1", "Service", "shop", &name).await, None);
     // A Service of a user's that bears such a name is left alone.
-    apply(
-        client,
-        json!({
-            "apiVersion": "v1", "kind": "Service", "metadata": { "name": name, "namespace": "shop" },
-            "spec": { "ports": [{ "port": 80 }] },
-        }),
-    )
-    .await;
+    let users = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": name, "namespace": "shop" },
+        "spec": { "ports": [{ "port": 80 }] },
+    });
+    apply(client, users.clone()).await;
     until(observed, "the user's", |now| {
         now.derived.get().is_some_and(Shelf::is_empty)
             && now.services.get().is_some_and(|all| all.keys().any(|key| key.name.as_str() == name))
@@ -325,14 +322,7 @@ async fn services(
     for _ in 0..20 {
         make(derived(&[], &[Family::V4])).await.unwrap();
         services.delete(&name, &DeleteParams::default()).await.unwrap();
-        apply(
-            client,
-            json!({
-                "apiVersion": "v1", "kind": "Service", "metadata": { "name": name, "namespace": "shop" },
-                "spec": { "ports": [{ "port": 80 }] },
-            }),
-        )
-        .await;
+        apply(client, users.clone()).await;
         api.write_derived(BTreeMap::new(), [web.clone()].into()).await.unwrap();
         services.delete(&name, &DeleteParams::default()).await.expect("the user's Service was removed");
         until(observed, "its end", |now| {

@@ -80,6 +80,8 @@ pub(super) struct Desk {
     frame: Option<Arc<Frame>>,
     own: Option<Arc<OwnPlan>>,
     planned: BTreeMap<ServiceKey, Held>,
+    /// Planned, but not all written: these wait again, perhaps for long.
+    failed: BTreeSet<ServiceKey>,
     findings: BTreeMap<ServiceKey, Vec<Finding>>,
     /// How long comparing all with what is shown took, and what was shown then.
     compared: (Credit, Option<Arc<Observed>>),
@@ -97,6 +99,7 @@ impl Desk {
             frame: None,
             own: None,
             planned: BTreeMap::new(),
+            failed: BTreeSet::new(),
             findings: BTreeMap::new(),
             compared: (Credit::new(), None),
             scrubbed: None,
@@ -443,8 +446,10 @@ impl Desk {
             if let Some(held) = self.planned.get_mut(key) {
                 held.written = good.then_some(now);
             }
+            self.failed.remove(key);
         }
         if !good {
+            self.failed.extend(batch.keys.iter().cloned());
             self.queue.add(batch.cause, batch.keys);
         }
     }
@@ -465,9 +470,9 @@ impl Desk {
         self.queue.len()
     }
 
-    /// Whether an own export is planned in a moment.
+    /// Whether an own export is planned in a moment, for the first time since writing it last went well.
     pub(super) fn is_waiting(&self, key: &ServiceKey) -> bool {
-        self.queue.is_own(key)
+        self.queue.is_own(key) && !self.failed.contains(key)
     }
 
     /// Condition `Conflict` of an own export, if it is known.

@@ -483,6 +483,13 @@ async fn a_write_that_fails_holds_up_no_other() {
     let running = bench.lead();
     until("the import is there", || bench.imports() == 1).await;
     until("it has spoken", || bench.position().is_some()).await;
+    let told = || {
+        let now = bench.directory.read();
+        now.statuses
+            .get()
+            .is_some_and(|all| all.values().any(|status| status.conditions.contains_key("Valid")))
+    };
+    until("the export's status is told", told).await;
     std::fs::remove_file(&slices).unwrap();
     until("the slices are there", || bench.directory.read().slices.get().is_some_and(|s| !s.is_empty()))
         .await;
