@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
-use tombolo_proto::model::NodeName;
+use tombolo_proto::model::{Lanes, NodeName};
 
 use crate::api::kubernetes::{Access, Scope};
 use crate::apply::driver::Choice;
@@ -43,6 +43,10 @@ pub struct Config {
     /// stay what they are. The kernel's carries most; while a key is rotated, its packets wait for a handshake.
     #[arg(long, env = "TOMBOLO_TUNNEL_DRIVER", value_enum, default_value_t)]
     pub tunnel_driver: Choice,
+    /// Tunnels side by side to each peer that has as many, over which flows are spread, 1 to 8: a userspace device is one
+    /// thread. Needs UDP ports 4510 to 4509 + 8 x LANES; a lane that does not get through is not used.
+    #[arg(long, env = "TOMBOLO_LANES", default_value_t)]
+    pub lanes: Lanes,
     /// Where userspace devices are asked for; `tombolo-wireguard serve` watches it.
     #[arg(long, default_value = "/run/tombolo/devices", value_name = "DIR")]
     pub devices_dir: PathBuf,

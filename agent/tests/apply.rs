@@ -20,14 +20,14 @@ use tombolo_agent::apply::key::DeviceKeys;
 use tombolo_agent::apply::{Appliers, Report, WriteCounts, Writes};
 use tombolo_agent::observe::netlink::Monitor;
 use tombolo_agent_core::desired::{
-    Balance, Firewall, NodeDesired, PRIORITY_IN, PRIORITY_OUT, Peer, Route, Rule, Selector, TABLE_IN,
-    TABLE_OUT, TunnelDevice, Via, Vip,
+    Balance, Firewall, NodeDesired, PRIORITY_IN, PRIORITY_LANE, PRIORITY_OUT, Peer, Route, Rule, Selector,
+    TABLE_IN, TABLE_OUT, TunnelDevice, Via, Vip,
 };
 use tombolo_agent_core::known::Section;
 use tombolo_agent_core::object::NodeKey;
 use tombolo_agent_core::shelf::Shelf;
 use tombolo_agent_core::world::Reach;
-use tombolo_proto::model::{DeviceNumber, Family, Prefix, Protocol, WireguardKey};
+use tombolo_proto::model::{DeviceNumber, Family, Lanes, Prefix, Protocol, WireguardKey};
 
 /// Runs a test in a new network namespace, on a thread and a runtime of its own.
 fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
@@ -138,7 +138,7 @@ struct Node {
 impl Node {
     fn new() -> Self {
         let state = tempfile::tempdir().unwrap();
-        let keys = Arc::new(DeviceKeys::load(state.path()).unwrap_or_else(|e| panic!("{e}")));
+        let keys = Arc::new(DeviceKeys::load(state.path(), Lanes::ONE).unwrap_or_else(|e| panic!("{e}")));
         let driver = Veths::default();
         let appliers = appliers(&driver, &keys);
         Self { driver, keys, appliers, _state: state }
@@ -253,6 +253,7 @@ fn firewall() -> Firewall {
         clusterset: set(&["198.19.0.0/16", "fd19:746f:6d62::/112"]),
         resolvers: set(&["198.19.0.1", "fd19:746f:6d62::1"]),
         narrow: BTreeSet::new(),
+        lanes: Lanes::ONE,
     }
 }
 
@@ -337,6 +338,77 @@ fn the_second_apply_writes_nothing_nor_does_a_restarted_one() {
         // Keep changes nothing, whatever is there.
         let before = snapshot();
         node.assert_settled(&NodeDesired::default()).await;
+        assert_eq!(snapshot(), before);
+    });
+}
+
+/// What [`desired`] is with a second lane.
+fn laned() -> NodeDesired {
+    let mut desired = desired();
+    let mut routes = desired.routes.get().unwrap().clone();
+    for to in ["10.2.0.0/16", "198.18.2.0/24", "fd00:10:2::/48", "fd00:18:2::/64"] {
+        routes.insert(route(TABLE_OUT + 1, to, &[2, 9]));
+        routes.insert(route(TABLE_OUT + 1, to, &[]));
+    }
+    let bound = Route { via: Via::Bound(number(9)), ..route(TABLE_OUT + 1, "fd00:18:2::1/128", &[]) };
+    let host = route(TABLE_OUT + 1, "fd00:18:2::1/128", &[2]);
+    routes.extend([bound, host, route(TABLE_IN + 1, "10.1.4.0/24", &[4])]);
+    desired.routes = Section::Set(routes);
+    let mut rules = rules(&[1, 2, 4]);
+    for family in Family::ALL {
+        let lane = number(9).lane();
+        rules.insert(Rule {
+            family,
+            priority: PRIORITY_LANE,
+            selector: Selector::Lane(lane),
+            table: TABLE_OUT + 1,
+        });
+        let selector = Selector::Device(number(9));
+        rules.insert(Rule { family, priority: PRIORITY_IN, selector, table: TABLE_IN + 1 });
+    }
+    desired.rules = Section::Set(rules);
+    let mut devices = desired.devices.get().unwrap().clone();
+    devices.insert(number(9), device(9));
+    desired.devices = Section::Set(devices);
+    desired.firewall = Section::Set(Firewall { lanes: Lanes::new(2).unwrap(), ..firewall() });
+    desired
+}
+
+#[test]
+fn lanes_come_and_go() {
+    in_namespace(|| async {
+        let mut node = Node::new();
+        node.keys = Arc::new(
+            DeviceKeys::load(node._state.path(), Lanes::new(2).unwrap()).unwrap_or_else(|e| panic!("{e}")),
+        );
+        node.restart();
+        node.apply(&desired()).await;
+        let before = snapshot();
+        node.apply(&laned()).await;
+        node.assert_settled(&laned()).await;
+        node.restart();
+        node.assert_settled(&laned()).await;
+
+        let rules = ok("ip rule show");
+        assert!(
+            rules.contains("105:\tfrom all fwmark 0x10000000/0x7f000000 lookup 4511 proto 98"),
+            "{rules}"
+        );
+        assert!(rules.contains("iif tombolo9 lookup 4521 proto 98"), "{rules}");
+        let lane = |mark: &str, to: &str| ok(&format!("ip route get {to} mark {mark}"));
+        let one = lane("0x10000000", "10.2.3.4");
+        assert!(one.contains("table 4511") && !one.contains("tombolo1 "), "{one}");
+        let echo = "ip -6 route get fd00:18:2::1 mark 0x90000000";
+        assert!(ok(echo).contains("tombolo2"), "{}", ok(echo));
+        let echo = format!("{echo} oif tombolo9");
+        assert!(ok(&echo).contains("dev tombolo9"), "{}", ok(&echo));
+        assert!(lane("0x00000000", "10.2.3.4").contains("table 4510"));
+        assert!(lane("0x30000000", "10.2.3.4").contains("table 4510"), "no such lane here");
+        let nft = ok("nft list table inet tombolo");
+        assert!(nft.contains("63 : goto lane_1"), "{nft}");
+
+        node.apply(&desired()).await;
+        node.assert_settled(&desired()).await;
         assert_eq!(snapshot(), before);
     });
 }

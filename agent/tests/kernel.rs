@@ -26,7 +26,7 @@ use tombolo_agent::apply::{Appliers, Options, Writes};
 use tombolo_agent_core::desired::{NodeDesired, Peer, TunnelDevice};
 use tombolo_agent_core::known::Section;
 use tombolo_agent_core::object::NodeKey;
-use tombolo_proto::model::{DeviceNumber, WireguardKey};
+use tombolo_proto::model::{DeviceNumber, Lanes, WireguardKey};
 
 /// Modules that the machine needs, and what they need.
 const MODULES: [&str; 3] = ["wireguard", "tun", "veth"];
@@ -233,7 +233,8 @@ impl Node {
     fn new(name: &str, namespace: Option<&str>) -> Self {
         let directory = PathBuf::from("/tmp").join(name);
         fs::create_dir_all(directory.join("keys")).unwrap();
-        let keys = Arc::new(DeviceKeys::load(&directory.join("keys")).unwrap_or_else(|e| panic!("{e}")));
+        let keys =
+            Arc::new(DeviceKeys::load(&directory.join("keys"), Lanes::ONE).unwrap_or_else(|e| panic!("{e}")));
         let namespace = namespace.map(|name| fs::File::open(format!("/run/netns/{name}")).unwrap());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         Self { runtime, namespace, keys, directory }

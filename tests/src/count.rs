@@ -80,7 +80,7 @@ impl Netlink {
     /// Those of our routes alone.
     #[must_use]
     pub fn routes(&self) -> Vec<(Instant, String)> {
-        let ours = |line: &str| line.contains("table 4510") || line.contains("table 4520");
+        let ours = |line: &str| line.contains("table 451") || line.contains("table 452");
         self.changes().into_iter().filter(|(_, line)| ours(line)).collect()
     }
 

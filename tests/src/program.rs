@@ -138,6 +138,7 @@ pub fn broker() -> Result<Vec<String>> {
 /// # Errors
 /// If it is not built.
 pub fn agent(node: &Node) -> Result<Vec<String>> {
+    let lanes = format!("--lanes={}", node.lanes);
     line(
         "tombolo-agent",
         &[
@@ -152,6 +153,7 @@ pub fn agent(node: &Node) -> Result<Vec<String>> {
             "--devices-dir",
             DEVICES_DIR,
             USERSPACE,
+            &lanes,
         ],
     )
 }

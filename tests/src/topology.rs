@@ -128,6 +128,8 @@ pub struct Node {
     pub number: u8,
     /// Labelled as a gateway.
     pub gateway: bool,
+    /// Tunnels side by side to each peer.
+    pub lanes: u8,
     /// Its pods are not the lab's but those that the scheduler sends there: kwok runs them, all in one place, `kwok-NODE`,
     /// to which the node's whole pod range belongs.
     pub kwok: bool,
@@ -278,6 +280,10 @@ fn lab() -> String {
     "lab".to_owned()
 }
 
+fn one_lane() -> u8 {
+    1
+}
+
 fn one_broker() -> Vec<String> {
     vec!["broker".to_owned()]
 }
@@ -298,6 +304,8 @@ struct ClusterFile {
     #[serde(default)]
     api: ApiFile,
     proxy: Option<Proxy>,
+    #[serde(default = "one_lane")]
+    lanes: u8,
     nodes: Vec<NodeFile>,
     #[serde(default)]
     services: Vec<Service>,
@@ -458,6 +466,7 @@ impl ClusterFile {
             let v6 = Ipv6Addr::new(0xfd00, 0x30, i, 0, 0, 0, 0, 0);
             (Ipv4Net::new(Ipv4Addr::new(172, 30, index, 0), 24)?, Ipv6Net::new(v6, 64)?)
         };
+        ensure!((1..=8).contains(&self.lanes), "lanes: {} must be 1 to 8", self.lanes);
         let mut nodes = Vec::new();
         for (number, node) in (1u8..).zip(self.nodes) {
             ensure!(node.pods.len() <= 200, "node {} has more than 200 pods", node.name);
@@ -482,6 +491,7 @@ impl ClusterFile {
                 cluster: self.id.clone(),
                 number,
                 gateway: node.gateway,
+                lanes: self.lanes,
                 kwok: node.kwok,
                 v4: host4(lan4, number),
                 v6: host6(lan6, number),

@@ -7,7 +7,8 @@ use std::num::{NonZeroU16, NonZeroU32};
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};
 use tombolo_proto::model::{
-    DeviceNumber, Endpoint, Family, NodeName, Prefix, Protocol, Record, RecordKey, Scope, WireguardKey,
+    DeviceNumber, Endpoint, Family, Lane, Lanes, NodeName, Prefix, Protocol, Record, RecordKey, Scope,
+    WireguardKey,
 };
 
 use crate::known::{Objects, Section};
@@ -20,22 +21,43 @@ use crate::zone::Zone;
 pub const MARK: u32 = 0x0100_0000;
 /// Bits of [`MARK`].
 pub const MARK_MASK: u32 = 0x0f00_0000;
-/// Table of routes to other clusters.
+/// Bits of a packet's mark that hold its lane ([`lane_mark`]).
+pub const LANE_MASK: u32 = 0x7000_0000;
+/// Mark of packets that stay in the lane that their mark bears: the agent's own, which ask for that very tunnel.
+pub const LANE_KEPT: u32 = 0x8000_0000;
+/// Table of routes to other clusters; those of lane l are in the l-th after it.
 pub const TABLE_OUT: u32 = 4510;
-/// Table for what came out of a tunnel.
+/// Table for what came out of a tunnel; of lane l the l-th after it.
 pub const TABLE_IN: u32 = 4520;
 /// Protocol number of our routes and rules.
 pub const ROUTE_PROTOCOL: u8 = 98;
 /// Priority of the rule into [`TABLE_OUT`].
 pub const PRIORITY_OUT: u32 = 110;
+/// Priority of the rules into the tables of the other lanes. What these do not say, [`TABLE_OUT`] does.
+pub const PRIORITY_LANE: u32 = 105;
 /// Priority of the rules into [`TABLE_IN`].
 pub const PRIORITY_IN: u32 = 100;
 /// Metric of the route that keeps packets from leaving in clear.
 pub const METRIC_UNREACHABLE: u32 = u32::MAX;
 /// Metric of the routes that carry.
 pub const METRIC: u32 = 100;
+/// Metric of those that carry what is bound to their device.
+pub const METRIC_BOUND: u32 = 200;
 /// Where the resolver listens on a node.
 pub const DNS_PORT: u16 = 10053;
+
+/// Mark of packets that go by a lane, within [`LANE_MASK`].
+pub fn lane_mark(lane: Lane) -> u32 {
+    u32::from(lane.get()) << 28
+}
+
+/// The lane of a table of ours, and that of lane 0.
+pub fn table_lane(table: u32) -> Option<(u32, Lane)> {
+    [TABLE_OUT, TABLE_IN].into_iter().find_map(|first| {
+        let lane = Lane::new(table.checked_sub(first)?.try_into().ok()?)?;
+        Some((first, lane))
+    })
+}
 
 /// What should be on a node.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -79,7 +101,7 @@ pub struct Peer {
 /// A route of ours.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Route {
-    /// [`TABLE_OUT`] or [`TABLE_IN`].
+    /// [`TABLE_OUT`] or [`TABLE_IN`], or one of another lane.
     pub table: u32,
     /// Where to.
     pub prefix: Prefix,
@@ -96,6 +118,8 @@ pub struct Route {
 pub enum Via {
     /// By these devices, flows spread evenly; [`METRIC`].
     Devices(BTreeSet<DeviceNumber>),
+    /// By this device what is bound to it, and nothing else; [`METRIC_BOUND`].
+    Bound(DeviceNumber),
     /// Not at all, and never in clear; [`METRIC_UNREACHABLE`].
     Unreachable,
 }
@@ -120,6 +144,8 @@ pub enum Selector {
     NotMark,
     /// `iif tombolo<n>`
     Device(DeviceNumber),
+    /// `fwmark` of this lane, and not [`MARK`].
+    Lane(Lane),
 }
 
 /// The data of our nft table; its chains are static.
@@ -152,6 +178,8 @@ pub struct Firewall {
     pub resolvers: BTreeSet<IpAddr>,
     /// IPv6 destinations whose path carries less than IPv6 asks for: TCP there is told of shorter segments. Disjoint.
     pub narrow: BTreeSet<Prefix>,
+    /// Lanes that flows to other clusters are spread over.
+    pub lanes: Lanes,
 }
 
 /// A virtual address and port.

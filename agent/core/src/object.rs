@@ -89,7 +89,7 @@ pub struct ServiceExport {
 /// tombolo.dev TunnelNode: what a node says of itself. Written by that node alone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TunnelNode {
-    /// Its devices' keys and ports, all lane-0 numbers, made at first start.
+    /// Its devices' keys and ports, of all its lanes, made at first start.
     pub devices: BTreeMap<DeviceNumber, Device>,
     /// Where it may be reached, best first.
     pub candidates: Vec<IpAddr>,

@@ -310,6 +310,7 @@ pub(super) fn diff<'a>(
 mod tests {
     use tombolo_agent_core::desired::Peer;
     use tombolo_agent_core::object::NodeKey;
+    use tombolo_proto::model::Lanes;
 
     use super::super::key::DeviceKeys;
     use super::*;
@@ -386,7 +387,7 @@ mod tests {
     impl Case {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
-            let keys = DeviceKeys::load(dir.path()).unwrap_or_else(|e| panic!("{e}"));
+            let keys = DeviceKeys::load(dir.path(), Lanes::ONE).unwrap_or_else(|e| panic!("{e}"));
             let wall = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
             Self {
                 keys,

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use data_encoding::BASE64;
 use thiserror::Error;
-use tombolo_proto::model::{Device, DeviceFamily, DeviceNumber, Lane, Rank, WireguardKey};
+use tombolo_proto::model::{Device, DeviceNumber, Lanes, WireguardKey};
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
@@ -95,7 +95,7 @@ pub enum Rotation {
     Waits,
 }
 
-/// The keys of all lane-0 devices that a node may have. A rotation makes them anew: each new key is on the disk before
+/// The keys of all devices that a node may have. A rotation makes them anew: each new key is on the disk before
 /// the device has it, and the device has it before others hear of it.
 pub struct DeviceKeys {
     directory: PathBuf,
@@ -110,19 +110,15 @@ const ROTATING: &str = "rotating";
 const PREVIOUS: &str = "previous";
 
 impl DeviceKeys {
-    /// Reads them from `directory`, a file `tombolo<n>` each, and makes the ones that are missing. A file that is no
+    /// Reads those of all `lanes` from `directory`, a file `tombolo<n>` each, and makes the ones that are missing. A file that is no
     /// key is an error, never overwritten: a key is the node's identity towards its peers. A rotation that was cut off
     /// is brought to its end.
-    pub fn load(directory: &Path) -> Result<Self, KeyError> {
+    pub fn load(directory: &Path, lanes: Lanes) -> Result<Self, KeyError> {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(directory)
             .map_err(|source| KeyError::Io { what: "create", path: directory.to_owned(), source })?;
-        let ranks = [Rank::NODE].into_iter().chain(Rank::GATEWAYS);
-        let numbers = ranks.flat_map(|rank| {
-            [DeviceFamily::Out, DeviceFamily::In].map(|family| DeviceNumber::of(family, rank, Lane::FIRST))
-        });
         let pair = |number: DeviceNumber| {
             let current = read_or_make(directory, number)?;
             let previous = read(&previous_path(directory, number))?;
@@ -131,7 +127,7 @@ impl DeviceKeys {
             let told = previous.is_none();
             Ok((number, Arc::new(Pair { current, previous, told })))
         };
-        let pairs = numbers.map(pair).collect::<Result<_, KeyError>>()?;
+        let pairs = DeviceNumber::all(lanes).map(pair).collect::<Result<_, KeyError>>()?;
         let keys = Self { directory: directory.to_owned(), pairs: Mutex::new(pairs) };
         if let Some(wish) = keys.number(ROTATING)? {
             keys.finish(wish)?;
@@ -332,19 +328,23 @@ mod tests {
     fn keys_are_made_once_and_stay() {
         let dir = tempfile::tempdir().unwrap();
         let keys = dir.path().join("keys");
-        let first = DeviceKeys::load(&keys).unwrap_or_else(|e| panic!("{e}")).public(None);
+        let first = DeviceKeys::load(&keys, Lanes::ONE).unwrap_or_else(|e| panic!("{e}")).public(None);
         assert_eq!(first.len(), 8);
-        assert_eq!(DeviceKeys::load(&keys).unwrap_or_else(|e| panic!("{e}")).public(None), first);
+        assert_eq!(DeviceKeys::load(&keys, Lanes::ONE).unwrap_or_else(|e| panic!("{e}")).public(None), first);
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&keys), mode(&keys.join("tombolo3"))), (0o700, 0o600));
-        let different: std::collections::BTreeSet<_> = first.values().map(|d| d.key).collect();
-        assert_eq!(different.len(), 8);
+        let more =
+            DeviceKeys::load(&keys, Lanes::new(3).unwrap()).unwrap_or_else(|e| panic!("{e}")).public(None);
+        let different: std::collections::BTreeSet<_> = more.values().map(|d| d.key).collect();
+        assert_eq!(different.len(), 24);
+        assert!(first.iter().all(|(number, device)| more[number] == *device));
+        assert_eq!(DeviceKeys::load(&keys, Lanes::ONE).unwrap_or_else(|e| panic!("{e}")).public(None), first);
     }
 
     #[test]
     fn a_rotation_is_made_once_and_others_hear_of_it_when_the_device_has_it() {
         let dir = tempfile::tempdir().unwrap();
-        let load = || DeviceKeys::load(dir.path()).unwrap_or_else(|e| panic!("{e}"));
+        let load = || DeviceKeys::load(dir.path(), Lanes::ONE).unwrap_or_else(|e| panic!("{e}"));
         let number = DeviceNumber::new(1).unwrap();
         let keys = load();
         let first = keys.public(None);
@@ -378,7 +378,7 @@ mod tests {
     #[test]
     fn a_rotation_that_is_cut_off_is_brought_to_its_end() {
         let dir = tempfile::tempdir().unwrap();
-        let load = || DeviceKeys::load(dir.path()).unwrap_or_else(|e| panic!("{e}"));
+        let load = || DeviceKeys::load(dir.path(), Lanes::ONE).unwrap_or_else(|e| panic!("{e}"));
         let keys = load();
         let first = keys.public(None);
         // It died after the third key, and in the midst of the fourth.
@@ -401,14 +401,14 @@ mod tests {
     #[test]
     fn a_damaged_or_open_key_is_refused_and_kept() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(DeviceKeys::load(dir.path()).is_ok());
+        assert!(DeviceKeys::load(dir.path(), Lanes::ONE).is_ok());
         let file = dir.path().join("tombolo2");
         let text = fs::read_to_string(&file).unwrap();
         fs::write(&file, &text[..20]).unwrap();
-        assert!(matches!(DeviceKeys::load(dir.path()), Err(KeyError::Corrupt(_))));
+        assert!(matches!(DeviceKeys::load(dir.path(), Lanes::ONE), Err(KeyError::Corrupt(_))));
         assert_eq!(fs::read_to_string(&file).unwrap(), &text[..20]);
         fs::write(&file, &text).unwrap();
         fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
-        assert!(matches!(DeviceKeys::load(dir.path()), Err(KeyError::Open { mode: 0o644, .. })));
+        assert!(matches!(DeviceKeys::load(dir.path(), Lanes::ONE), Err(KeyError::Open { mode: 0o644, .. })));
     }
 }

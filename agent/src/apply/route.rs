@@ -1,4 +1,4 @@
-//! Routes of our tables. Ours are those in [`TABLE_OUT`] and [`TABLE_IN`] with [`ROUTE_PROTOCOL`].
+//! Routes of our tables, those of every lane. Ours are those with [`ROUTE_PROTOCOL`] in them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
@@ -13,7 +13,7 @@ use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{IpVersion, RouteNextHopBuilder};
 use serde::Serialize;
 use tombolo_agent_core::desired::{
-    METRIC, METRIC_UNREACHABLE, ROUTE_PROTOCOL, Route, TABLE_IN, TABLE_OUT, Via,
+    METRIC, METRIC_BOUND, METRIC_UNREACHABLE, ROUTE_PROTOCOL, Route, Via, table_lane,
 };
 use tombolo_proto::model::{DeviceNumber, Prefix};
 
@@ -44,6 +44,7 @@ impl RouteKey {
     fn of(route: &Route) -> Self {
         let metric = match route.via {
             Via::Devices(_) => METRIC,
+            Via::Bound(_) => METRIC_BOUND,
             Via::Unreachable => METRIC_UNREACHABLE,
         };
         Self { table: route.table, prefix: route.prefix.net(), metric }
@@ -62,15 +63,11 @@ pub(super) type Actual = BTreeMap<RouteKey, Vec<Option<Route>>>;
 /// Reads them.
 pub(super) async fn read(netlink: &Netlink, links: &Links) -> Result<Actual, NetlinkError> {
     let mut actual = Actual::new();
-    for (family, table) in [
-        (AddressFamily::Inet, TABLE_OUT),
-        (AddressFamily::Inet, TABLE_IN),
-        (AddressFamily::Inet6, TABLE_OUT),
-        (AddressFamily::Inet6, TABLE_IN),
-    ] {
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        // The kernel tells those of our protocol alone, whatever tables there are.
         let mut request = RouteMessage::default();
         request.header.address_family = family;
-        request.attributes.push(RouteAttribute::Table(table));
+        request.header.protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
         for message in netlink.dump(RouteNetlinkMessage::GetRoute(request)).await? {
             let RouteNetlinkMessage::NewRoute(message) = message else { continue };
             if let Some((key, route)) = parse(&message, links) {
@@ -105,6 +102,12 @@ pub(super) fn diff(
         let key = RouteKey::of(route);
         keys.insert(key);
         let mut route = route.clone();
+        if let Via::Bound(number) = route.via
+            && !exists(number)
+        {
+            missing.push((key, number));
+            continue;
+        }
         if let Via::Devices(devices) = &mut route.via {
             missing.extend(devices.iter().filter(|n| !exists(**n)).map(|n| (key, *n)));
             devices.retain(|n| exists(*n));
@@ -183,9 +186,13 @@ fn message(route: &Route, links: &Links) -> RouteMessage {
     let v4 = route.prefix.net().addr().is_ipv4();
     message.header.scope = RouteScope::Universe;
     message.attributes.extend(route.source.map(|s| RouteAttribute::PrefSource(RouteAddress::from(s))));
-    let Via::Devices(devices) = &route.via else {
-        message.header.kind = RouteType::Unreachable;
-        return message;
+    let devices = match &route.via {
+        Via::Devices(devices) => devices.clone(),
+        Via::Bound(number) => BTreeSet::from([*number]),
+        Via::Unreachable => {
+            message.header.kind = RouteType::Unreachable;
+            return message;
+        }
     };
     message.header.kind = RouteType::Unicast;
     if v4 {
@@ -267,9 +274,7 @@ fn parse(message: &RouteMessage, links: &Links) -> Option<(RouteKey, Option<Rout
             _ => {}
         }
     }
-    if table != TABLE_OUT && table != TABLE_IN {
-        return None;
-    }
+    table_lane(table)?;
     let prefix = IpNet::new(destination, message.header.destination_prefix_length).ok()?;
     let locked = mtu.is_some() && version == IpVersion::V6;
     odd |= lock & MTU_LOCK != if locked { MTU_LOCK } else { 0 };
@@ -283,7 +288,13 @@ fn parse(message: &RouteMessage, links: &Links) -> Option<(RouteKey, Option<Rout
     let key = RouteKey { table, prefix, metric };
     let via = match message.header.kind {
         RouteType::Unreachable => Some(Via::Unreachable),
-        RouteType::Unicast => hops.into_iter().collect::<Option<_>>().map(Via::Devices),
+        RouteType::Unicast => hops.into_iter().collect::<Option<BTreeSet<_>>>().and_then(|devices| {
+            if metric == METRIC_BOUND {
+                devices.first().copied().map(Via::Bound)
+            } else {
+                Some(Via::Devices(devices))
+            }
+        }),
         _ => None,
     };
     let route = via
@@ -311,6 +322,8 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
 
 #[cfg(test)]
 mod tests {
+    use tombolo_agent_core::desired::TABLE_OUT;
+
     use super::super::netlink::Link;
     use super::*;
 
@@ -352,6 +365,9 @@ mod tests {
                 assert_eq!(read, Some(route.clone()), "{route:?}");
                 assert_eq!(key, RouteKey::of(&route));
             }
+            let bound = Route { table: TABLE_OUT + 2, via: Via::Bound(number(3)), ..route(prefix, &[]) };
+            let (key, read) = parse(&message(&bound, &links), &links).unwrap();
+            assert_eq!((key, read), (RouteKey::of(&bound), Some(bound)));
         }
     }
 

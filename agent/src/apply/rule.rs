@@ -6,8 +6,8 @@ use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use rtnetlink::packet_route::route::RouteProtocol;
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
-use tombolo_agent_core::desired::{MARK, MARK_MASK, ROUTE_PROTOCOL, Rule, Selector};
-use tombolo_proto::model::Family;
+use tombolo_agent_core::desired::{LANE_MASK, MARK, MARK_MASK, ROUTE_PROTOCOL, Rule, Selector, lane_mark};
+use tombolo_proto::model::{Family, Lanes};
 
 use super::netlink::{Netlink, NetlinkError, device_number};
 use super::{Action, ApplyError, Report, Subject};
@@ -96,6 +96,9 @@ fn message(rule: &Rule) -> RuleMessage {
             message.attributes.extend([RuleAttribute::FwMark(MARK), RuleAttribute::FwMask(MARK_MASK)]);
         }
         Selector::Device(number) => message.attributes.push(RuleAttribute::Iifname(number.link())),
+        Selector::Lane(lane) => message
+            .attributes
+            .extend([RuleAttribute::FwMark(lane_mark(lane)), RuleAttribute::FwMask(LANE_MASK | MARK_MASK)]),
     }
     message
 }
@@ -154,6 +157,9 @@ fn parse(message: &RuleMessage) -> Option<Rule> {
     let selector = match (invert, mark, mask, device) {
         (true, Some(MARK), Some(MARK_MASK), None) => Selector::NotMark,
         (false, None, _, Some(number)) => Selector::Device(number),
+        (false, Some(mark), Some(mask), None) if mask == LANE_MASK | MARK_MASK => {
+            Selector::Lane(Lanes::MOST.iter().find(|lane| lane_mark(*lane) == mark)?)
+        }
         _ => return None,
     };
     (message.header.action == RuleAction::ToTable).then_some(Rule { family, priority, selector, table })
@@ -161,19 +167,21 @@ fn parse(message: &RuleMessage) -> Option<Rule> {
 
 #[cfg(test)]
 mod tests {
-    use tombolo_agent_core::desired::{PRIORITY_IN, PRIORITY_OUT, TABLE_IN, TABLE_OUT};
-    use tombolo_proto::model::DeviceNumber;
+    use tombolo_agent_core::desired::{PRIORITY_IN, PRIORITY_LANE, PRIORITY_OUT, TABLE_IN, TABLE_OUT};
+    use tombolo_proto::model::{DeviceNumber, Lane};
 
     use super::*;
 
     fn rules() -> BTreeSet<Rule> {
         let device = Selector::Device(DeviceNumber::new(5).unwrap());
+        let lane = Selector::Lane(Lane::new(3).unwrap());
         Family::ALL
             .into_iter()
             .flat_map(|family| {
                 [
                     Rule { family, priority: PRIORITY_OUT, selector: Selector::NotMark, table: TABLE_OUT },
                     Rule { family, priority: PRIORITY_IN, selector: device.clone(), table: TABLE_IN },
+                    Rule { family, priority: PRIORITY_LANE, selector: lane.clone(), table: TABLE_OUT + 3 },
                 ]
             })
             .collect()

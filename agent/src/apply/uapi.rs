@@ -335,13 +335,15 @@ fn parse_key(text: &str) -> Option<Zeroizing<[u8; 32]>> {
 
 #[cfg(test)]
 mod tests {
+    use tombolo_proto::model::Lanes;
+
     use super::super::key::DeviceKeys;
     use super::*;
 
     #[test]
     fn requests_read_as_the_protocol_says() {
         let dir = tempfile::tempdir().unwrap();
-        let keys = DeviceKeys::load(dir.path()).unwrap_or_else(|e| panic!("{e}"));
+        let keys = DeviceKeys::load(dir.path(), Lanes::ONE).unwrap_or_else(|e| panic!("{e}"));
         let net = |t: &str| BTreeSet::from([t.parse().unwrap()]);
         let peer = |n: u8, what| PeerChange { key: WireguardKey([n; 32]), what };
         let pair = keys.get(DeviceNumber::new(1).unwrap()).unwrap();

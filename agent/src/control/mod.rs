@@ -49,8 +49,8 @@ pub async fn run(
     // Dropped at the end: the resolver answers as long as the loops run.
     let mut resolver = None;
     if config.role.contains(&Role::Node) {
-        let keys =
-            DeviceKeys::load(&config.state_dir.join("keys")).context("the keys of this node's devices")?;
+        let keys = DeviceKeys::load(&config.state_dir.join("keys"), config.lanes)
+            .context("the keys of this node's devices")?;
         let keys = Arc::new(keys);
         let metrics = DnsMetrics::default();
         {
@@ -142,7 +142,8 @@ fn options(config: &Config) -> Options {
 
 /// Removes everything of ours from this node but its keys.
 pub async fn cleanup(config: &Config) -> Result<ExitCode> {
-    let keys = DeviceKeys::load(&config.state_dir.join("keys")).context("the keys of this node's devices")?;
+    let keys = DeviceKeys::load(&config.state_dir.join("keys"), config.lanes)
+        .context("the keys of this node's devices")?;
     let mut appliers = Appliers::new(options(config), Arc::new(keys)).context("no netlink socket")?;
     let report = appliers.cleanup().await;
     for applied in &report.applied {

@@ -12,6 +12,7 @@ use tokio::net::UdpSocket;
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
+use tombolo_agent_core::desired::LANE_KEPT;
 use tombolo_agent_core::hello::{Hello, Hellos, MAX_LEN, PORT, cannot_reach, untried};
 use tombolo_agent_core::liveness::PeerId;
 use tombolo_agent_core::object::NodeKey;
@@ -53,7 +54,7 @@ pub async fn run(
     let mut look = Instant::now();
     loop {
         let Answers { alive, dead, young, known, narrow } = answers.borrow_and_update().clone();
-        let new = roster.borrow_and_update().clone();
+        let new = roster.borrow_and_update().as_ref().map(Roster::first_lane);
         let mut wake = Instant::now() + LOOK;
         if let Some(new) = new {
             let task = Task::of(&mut task, &new);
@@ -241,6 +242,7 @@ fn open(number: DeviceNumber, address: IpAddr) -> io::Result<UdpSocket> {
     socket.set_nonblocking(true)?;
     socket.set_reuse_address(true)?;
     socket.bind_device(Some(number.link().as_bytes()))?;
+    socket.set_mark(LANE_KEPT)?;
     socket.bind(&SocketAddr::new(address, PORT).into())?;
     UdpSocket::from_std(socket.into())
 }

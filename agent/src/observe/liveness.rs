@@ -21,11 +21,11 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UdpSocket;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tombolo_agent_core::desired::{Peer, TunnelDevice};
+use tombolo_agent_core::desired::{LANE_KEPT, Peer, TunnelDevice, lane_mark};
 use tombolo_agent_core::liveness::{Counters, Liveness, PeerHealth, PeerId};
 use tombolo_agent_core::object::NodeKey;
 use tombolo_agent_core::path_mtu::PathMtu;
-use tombolo_proto::model::{ClusterId, DeviceNumber, Family, Position, Rank, WireguardKey};
+use tombolo_proto::model::{ClusterId, DeviceNumber, Family, Lane, Position, Rank, WireguardKey};
 use tracing::{debug, info, warn};
 
 use crate::apply::device::TunnelDriver;
@@ -58,6 +58,17 @@ pub struct Roster {
 }
 
 impl Roster {
+    /// With the devices of lane 0 alone, which tell what can be reached.
+    pub fn first_lane(self: &Arc<Self>) -> Arc<Self> {
+        let first = |number: &DeviceNumber| number.lane() == Lane::FIRST;
+        if self.devices.keys().all(first) {
+            return self.clone();
+        }
+        let mut roster = Self::clone(self);
+        roster.devices.retain(|number, _| first(number));
+        Arc::new(roster)
+    }
+
     /// All peers.
     pub fn peers(&self) -> impl Iterator<Item = (PeerId, &TunnelDevice, &Peer)> {
         self.devices.iter().flat_map(|(number, device)| {
@@ -195,9 +206,9 @@ pub async fn run(
     };
     let mut look = Instant::now();
     loop {
-        task.echoes.receive(|from, kind, sequence| {
+        task.echoes.receive(|from, lane, kind, sequence| {
             let now = task.start.elapsed();
-            let Some(peer) = task.roster.as_ref().and_then(|(_, by)| by.get(&from)) else { return };
+            let Some(peer) = task.roster.as_ref().and_then(|(_, by)| by.get(&(from, lane))) else { return };
             match kind {
                 Kind::Life => task.liveness.handle_echo_reply(now, *peer, sequence),
                 Kind::Length => task.path_mtu.handle_answer(now, *peer, sequence),
@@ -230,6 +241,9 @@ pub async fn run(
     }
 }
 
+/// Peers by the address that they answer from, and the lane.
+type Answerers = BTreeMap<(IpAddr, Lane), PeerId>;
+
 struct Task {
     start: Instant,
     liveness: Liveness,
@@ -237,8 +251,8 @@ struct Task {
     echoes: Echoes,
     driver: Arc<dyn TunnelDriver>,
     memory: Memory,
-    /// With the peers by the address that they answer from.
-    roster: Option<(Arc<Roster>, BTreeMap<IpAddr, PeerId>)>,
+    /// With who answers its echoes.
+    roster: Option<(Arc<Roster>, Answerers)>,
     links: BTreeMap<DeviceNumber, Link>,
     /// When peers' counters of a device may be read again.
     read: BTreeMap<DeviceNumber, Instant>,
@@ -269,11 +283,16 @@ impl Task {
             let length = self.memory.narrow.known.get(&id).or_else(|| narrow.get(former?));
             lengths.extend(length.map(|length| (id, *length)));
         }
+        // Lanes share their way.
+        let peers = peers.into_iter().filter(|((number, _), _)| number.lane() == Lane::FIRST).collect();
         self.path_mtu.handle_peers(now, &peers, &lengths);
         self.echoes.senders.retain(|(number, _), _| roster.devices.contains_key(number));
         self.links.retain(|number, _| roster.devices.contains_key(number));
         self.read.retain(|number, _| roster.devices.contains_key(number));
-        let by = roster.peers().filter_map(|(id, device, peer)| Some((pair(device, peer)?.1, id))).collect();
+        let by = |(id, device, peer): (PeerId, &TunnelDevice, &Peer)| {
+            Some(((pair(device, peer)?.1, id.0.lane()), id))
+        };
+        let by = roster.peers().filter_map(by).collect();
         self.roster = Some((roster, by));
     }
 
@@ -403,8 +422,8 @@ struct Echoes {
     v4: UdpSocket,
     v6: Option<UdpSocket>,
     senders: BTreeMap<(DeviceNumber, Family), (IpAddr, std::net::UdpSocket)>,
-    /// Of [`Kind::Life`] and [`Kind::Length`].
-    ids: [[u8; 2]; 2],
+    /// Identifier of [`Kind::Life`] in lane 0. [`Kind::Length`] flips its last bit, a lane the three before it.
+    id: [u8; 2],
     /// Comes back with each answer: nobody else can make one.
     secret: [u8; PAYLOAD],
 }
@@ -415,13 +434,12 @@ impl Echoes {
         getrandom::fill(&mut secret).context("no random bytes")?;
         let mut id = [0; 2];
         getrandom::fill(&mut id).context("no random bytes")?;
-        let ids = [id, [id[0], id[1] ^ 1]];
         let hear = |family| -> io::Result<UdpSocket> {
             let socket = raw(family)?;
             socket.set_recv_buffer_size(1 << 20)?;
             UdpSocket::from_std(socket.into())
         };
-        Ok(Self { v4: hear(Family::V4)?, v6: hear(Family::V6).ok(), senders: BTreeMap::new(), ids, secret })
+        Ok(Self { v4: hear(Family::V4)?, v6: hear(Family::V6).ok(), senders: BTreeMap::new(), id, secret })
     }
 
     /// `length`: of the whole packet, if it is to be longer than it need be.
@@ -441,12 +459,18 @@ impl Echoes {
             socket.set_recv_buffer_size(0)?;
             socket.bind_device(Some(number.link().as_bytes()))?;
             socket.bind(&SocketAddr::new(from, 0).into())?;
+            if number.lane() != Lane::FIRST {
+                // IPv6 goes nowhere without a route by this very device.
+                socket.set_mark(LANE_KEPT | lane_mark(number.lane()))?;
+            }
             whole(&socket, family)?;
             self.senders.insert(place, (from, socket.into()));
         }
         let mut packet = vec![0; (8 + PAYLOAD).max(length.saturating_sub(head(family) - 8))];
         packet[0] = if family == Family::V4 { 8 } else { 128 };
-        packet[4..6].copy_from_slice(&self.ids[usize::from(kind == Kind::Length)]);
+        let lane = number.lane();
+        packet[4] = self.id[0];
+        packet[5] = self.id[1] ^ (lane.get() << 1 | u8::from(kind == Kind::Length));
         packet[6..8].copy_from_slice(&sequence.to_be_bytes());
         packet[8..8 + PAYLOAD].copy_from_slice(&self.secret);
         if family == Family::V4 {
@@ -479,7 +503,7 @@ impl Echoes {
     }
 
     /// Answers that have come. Of long ones the beginning is enough.
-    fn receive(&self, mut answer: impl FnMut(IpAddr, Kind, u16)) {
+    fn receive(&self, mut answer: impl FnMut(IpAddr, Lane, Kind, u16)) {
         let mut buffer = [0; 512];
         for (family, socket) in [(Family::V4, Some(&self.v4)), (Family::V6, self.v6.as_ref())]
             .into_iter()
@@ -489,10 +513,10 @@ impl Echoes {
             for _ in 0..10_000 {
                 match socket.try_recv_from(&mut buffer) {
                     Ok((length, from)) => {
-                        if let Some((kind, sequence)) =
+                        if let Some((lane, kind, sequence)) =
                             self.sequence(family, buffer.get(..length).unwrap_or_default())
                         {
-                            answer(from.ip(), kind, sequence);
+                            answer(from.ip(), lane, kind, sequence);
                         }
                     }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -503,18 +527,17 @@ impl Echoes {
     }
 
     /// Of an answer to a request of ours.
-    fn sequence(&self, family: Family, packet: &[u8]) -> Option<(Kind, u16)> {
+    fn sequence(&self, family: Family, packet: &[u8]) -> Option<(Lane, Kind, u16)> {
         let (skip, reply) = match family {
             Family::V4 => (usize::from(packet.first()? & 15) * 4, 0),
             Family::V6 => (0, 129),
         };
         let (head, payload) = packet.get(skip..)?.split_first_chunk::<8>()?;
-        let kind = match self.ids.iter().position(|id| head[4..6] == *id)? {
-            0 => Kind::Life,
-            _ => Kind::Length,
-        };
-        let ours = head[0] == reply && payload.starts_with(&self.secret);
-        ours.then(|| (kind, u16::from_be_bytes([head[6], head[7]])))
+        let difference = head[5] ^ self.id[1];
+        let kind = if difference & 1 == 0 { Kind::Life } else { Kind::Length };
+        let lane = Lane::new(difference >> 1)?;
+        let ours = head[0] == reply && head[4] == self.id[0] && payload.starts_with(&self.secret);
+        ours.then(|| (lane, kind, u16::from_be_bytes([head[6], head[7]])))
     }
 }
 

@@ -23,7 +23,7 @@ use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
 use serde::Serialize;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
-use tombolo_agent_core::desired::{ROUTE_PROTOCOL, TABLE_IN, TABLE_OUT};
+use tombolo_agent_core::desired::{ROUTE_PROTOCOL, table_lane};
 use tombolo_proto::model::{Family, Prefix};
 use tracing::{debug, warn};
 
@@ -217,7 +217,7 @@ fn is_ours(link: &LinkMessage) -> bool {
 
 fn route_concern(route: &RouteMessage) -> Concern {
     match table(route) {
-        TABLE_OUT | TABLE_IN => Concern::Ours,
+        ours if table_lane(ours).is_some() => Concern::Ours,
         main if main == u32::from(RouteHeader::RT_TABLE_MAIN) => Concern::Underlay,
         _ => Concern::None,
     }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -49,7 +50,7 @@ impl From<Rank> for u8 {
 }
 
 /// Devices of one scheme, side by side, for more cores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize)]
 pub struct Lane(u8);
 
 impl Lane {
@@ -58,12 +59,62 @@ impl Lane {
 
     /// 0 to 7.
     pub fn new(lane: u8) -> Option<Self> {
-        (lane <= 7).then_some(Self(lane))
+        (lane < Lanes::MOST.0).then_some(Self(lane))
     }
 
     /// As a number.
     pub fn get(self) -> u8 {
         self.0
+    }
+}
+
+/// How many lanes a node has, 1 to 8: those from [`Lane::FIRST`] up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Lanes(u8);
+
+impl Lanes {
+    /// One lane.
+    pub const ONE: Self = Self(1);
+    /// As many as device numbers have room for.
+    pub const MOST: Self = Self(8);
+
+    /// 1 to 8.
+    pub fn new(lanes: u8) -> Option<Self> {
+        (1..=Self::MOST.0).contains(&lanes).then_some(Self(lanes))
+    }
+
+    /// As few as include this one.
+    pub fn up_to(last: Lane) -> Self {
+        Self(last.0 + 1)
+    }
+
+    /// As a number.
+    pub fn get(self) -> u8 {
+        self.0
+    }
+
+    /// All of them, in order.
+    pub fn iter(self) -> impl Iterator<Item = Lane> + Clone {
+        (0..self.0).map(Lane)
+    }
+}
+
+impl Default for Lanes {
+    fn default() -> Self {
+        Self::ONE
+    }
+}
+
+impl fmt::Display for Lanes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl FromStr for Lanes {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.parse().ok().and_then(Self::new).ok_or_else(|| format!("a node has 1 to {} lanes", Self::MOST))
     }
 }
 
@@ -83,6 +134,22 @@ pub enum DeviceFamily {
 pub struct DeviceNumber(u8);
 
 impl DeviceNumber {
+    /// All that a node with these lanes may have.
+    pub fn all(lanes: Lanes) -> impl Iterator<Item = Self> {
+        let ranks = [Rank::NODE].into_iter().chain(Rank::GATEWAYS);
+        let families = [DeviceFamily::Out, DeviceFamily::In];
+        let of_lane = move |lane| {
+            let ranks = ranks.clone();
+            families.into_iter().flat_map(move |f| ranks.clone().map(move |r| Self::of(f, r, lane)))
+        };
+        lanes.iter().flat_map(of_lane)
+    }
+
+    /// The same in another lane.
+    pub fn in_lane(self, lane: Lane) -> Self {
+        Self::of(self.family(), self.rank(), lane)
+    }
+
     /// Of a family, for peers of `other`'s rank, in a lane.
     pub fn of(family: DeviceFamily, other: Rank, lane: Lane) -> Self {
         let family = match family {
@@ -245,5 +312,10 @@ mod tests {
             let n = DeviceNumber::new(number).unwrap();
             assert_eq!(DeviceNumber::of(n.family(), n.rank(), n.lane()), n);
         }
+        let all: Vec<u8> = DeviceNumber::all(Lanes::MOST).map(DeviceNumber::get).collect();
+        assert_eq!(all, (0..64).collect::<Vec<_>>());
+        assert_eq!(DeviceNumber::all(Lanes::ONE).count(), 8);
+        assert_eq!("3".parse(), Ok(Lanes(3)));
+        assert!(["0", "9", "-1", ""].iter().all(|text| text.parse::<Lanes>().is_err()));
     }
 }

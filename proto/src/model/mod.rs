@@ -9,7 +9,7 @@ pub mod record;
 pub mod service;
 
 pub use address::{AddressError, Family, Prefix, PrefixError, usable_address};
-pub use device::{Device, DeviceFamily, DeviceNumber, Endpoint, Lane, Rank, WireguardKey};
+pub use device::{Device, DeviceFamily, DeviceNumber, Endpoint, Lane, Lanes, Rank, WireguardKey};
 pub use name::{
     ClusterId, Hostname, NameError, Namespace, NamespacePattern, NodeName, PortName, ServiceName, SetName,
     is_label_name, is_label_value,

@@ -142,8 +142,14 @@ pub fn bytes(lab: &Lab, place: &str) -> Result<BTreeMap<String, (u64, u64)>> {
 
 /// The devices of a route of table OUT; empty if there is none that carries.
 pub fn slots(lab: &Lab, node: &str, prefix: &str) -> Result<Vec<String>> {
+    slots_of(lab, node, "4510", prefix)
+}
+
+/// The same of any table; one that is not there has no routes.
+pub fn slots_of(lab: &Lab, node: &str, table: &str, prefix: &str) -> Result<Vec<String>> {
     let family = if prefix.contains(':') { "-6" } else { "-4" };
-    let text = lab.place(node)?.capture(&["ip", family, "route", "show", "table", "4510", prefix])?;
+    let show = format!("ip {family} route show table {table} {prefix} 2>/dev/null || true");
+    let text = lab.place(node)?.capture(&["sh", "-c", &show])?;
     let lines: Vec<_> = text.lines().filter(|l| !l.starts_with("unreachable")).collect();
     let words: Vec<_> = lines.iter().flat_map(|l| l.split_whitespace()).collect();
     let mut slots: Vec<_> = words.windows(2).filter(|w| w[0] == "dev").map(|w| w[1].to_owned()).collect();
@@ -210,6 +216,26 @@ fn devices_of(node: &str) -> Result<Vec<(String, Lines)>> {
         devices.push((name, lines));
     }
     Ok(devices)
+}
+
+/// How long the thread of each of a node's devices has run on a processor, in milliseconds (proc(5), `schedstat`).
+pub fn busy(lab: &Lab, node: &str) -> Result<BTreeMap<String, f64>> {
+    let net = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net"));
+    let here = net(&lab.pid(node, "agent")?.to_string())?;
+    let mut busy = BTreeMap::new();
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let pid = entry.file_name().to_string_lossy().into_owned();
+        // Not a process, or one that ended meanwhile.
+        let Ok(line) = std::fs::read_to_string(entry.path().join("cmdline")) else { continue };
+        let mut words = line.split_terminator('\0').rev();
+        let (Some(device), Some("worker")) = (words.next(), words.next()) else { continue };
+        if net(&pid).is_ok_and(|net| net == here) {
+            let stat = std::fs::read_to_string(entry.path().join("schedstat"))?;
+            let nanoseconds: f64 = stat.split_whitespace().next().context("schedstat is empty")?.parse()?;
+            busy.insert(device.to_owned(), nanoseconds / 1e6);
+        }
+    }
+    Ok(busy)
 }
 
 /// Milliseconds since a moment.

@@ -4,6 +4,7 @@
 
 mod churn;
 mod common;
+mod lanes;
 mod live;
 mod mesh;
 mod nat;

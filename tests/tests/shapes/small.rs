@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use tombolo_lab::fault::Fault;
-use tombolo_lab::{Lab, measured, scenario, scenario_alone, wait_until};
+use tombolo_lab::{measured, scenario, scenario_alone, wait_until};
 
-use super::common::{SOON, Shape, acquainted, bytes, findings, slots, up};
+use super::common::{SOON, Shape, acquainted, busy, bytes, findings, slots, up};
 
 const LIMIT: Duration = Duration::from_secs(300);
 
@@ -29,26 +29,6 @@ fn one_node_is_a_cluster() {
         lab.wait_ready()?;
         lab.everybody_reaches_everybody()
     });
-}
-
-/// How long the thread of each of a node's devices has run on a processor, in milliseconds (proc(5), `schedstat`).
-fn busy(lab: &Lab, node: &str) -> Result<BTreeMap<String, f64>> {
-    let net = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net"));
-    let here = net(&lab.pid(node, "agent")?.to_string())?;
-    let mut busy = BTreeMap::new();
-    for entry in std::fs::read_dir("/proc")?.flatten() {
-        let pid = entry.file_name().to_string_lossy().into_owned();
-        // Not a process, or one that ended meanwhile.
-        let Ok(line) = std::fs::read_to_string(entry.path().join("cmdline")) else { continue };
-        let mut words = line.split_terminator('\0').rev();
-        let (Some(device), Some("worker")) = (words.next(), words.next()) else { continue };
-        if net(&pid).is_ok_and(|net| net == here) {
-            let stat = std::fs::read_to_string(entry.path().join("schedstat"))?;
-            let nanoseconds: f64 = stat.split_whitespace().next().context("schedstat is empty")?.parse()?;
-            busy.insert(device.to_owned(), nanoseconds / 1e6);
-        }
-    }
-    Ok(busy)
 }
 
 /// Three gateways a side carry, each of them; a fourth one that is labelled is told about and carries nothing. Each device

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use tombolo_proto::model::{DeviceFamily, DeviceNumber, Lane, Prefix, Rank};
+use tombolo_proto::model::{DeviceFamily, DeviceNumber, Lanes, Prefix};
 
 use super::roster::Claim;
 use crate::desired::Firewall;
@@ -18,8 +18,7 @@ pub(crate) fn firewall(world: &NodeWorld, members: &Members, claim: &Claim) -> F
         .flat_map(|(_, m)| m.owned.union(&m.tunnel).copied())
         .collect();
     let devices = |family: DeviceFamily| -> BTreeSet<DeviceNumber> {
-        let ranks = [Rank::NODE].into_iter().chain(Rank::GATEWAYS);
-        ranks.map(|rank| DeviceNumber::of(family, rank, Lane::FIRST)).collect()
+        DeviceNumber::all(Lanes::MOST).filter(|number| number.family() == family).collect()
     };
     Firewall {
         reach: world.reach,
@@ -34,6 +33,7 @@ pub(crate) fn firewall(world: &NodeWorld, members: &Members, claim: &Claim) -> F
         clusterset: world.clusterset.map(|ranges| ranges.nets().collect()).unwrap_or_default(),
         resolvers: world.clusterset.map(|ranges| ranges.resolvers().collect()).unwrap_or_default(),
         narrow: BTreeSet::new(),
+        lanes: Lanes::ONE,
         tunnel: claim.tunnel.clone(),
     }
 }

@@ -10,6 +10,7 @@ mod export;
 mod findings;
 mod firewall;
 mod hash;
+mod lane;
 mod local;
 mod peer;
 pub mod piece;

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use tombolo_proto::model::{
-    ClusterId, DeviceFamily, DeviceNumber, Family, Lane, NodeName, Prefix, WireguardKey,
+    ClusterId, DeviceFamily, DeviceNumber, Family, Lane, Lanes, NodeName, Prefix, WireguardKey,
 };
 
 use super::findings::Findings;
@@ -63,7 +63,7 @@ pub(crate) fn devices(
         if gateway {
             allowed.extend(&foreign);
         }
-        devices.add(DeviceFamily::In, &world.cluster, name, station, allowed, findings);
+        devices.add(DeviceFamily::In, &world.cluster, name, station, &allowed, findings);
     }
     // In the order in which they were admitted: a key that two state is the first one's.
     let mut others: Vec<_> = members.iter().filter(|(id, _)| **id != world.cluster).collect();
@@ -78,7 +78,7 @@ pub(crate) fn devices(
             // A gateway speaks for its whole cluster, to a plain node too: what it carries on for a node whose own way
             // is cut must not be dropped. It is the one peer of its cluster and rank.
             let allowed = if gateway { ranges(member) } else { station.ranges().collect() };
-            devices.add(DeviceFamily::Out, cluster, name, station, allowed, findings);
+            devices.add(DeviceFamily::Out, cluster, name, station, &allowed, findings);
         }
     }
     devices.map
@@ -96,18 +96,36 @@ struct Devices<'a> {
 }
 
 impl Devices<'_> {
+    /// In every lane that both have.
     fn add(
         &mut self,
         family: DeviceFamily,
         cluster: &ClusterId,
         name: &NodeName,
         other: &Station<'_>,
-        allowed: BTreeSet<Prefix>,
+        allowed: &BTreeSet<Prefix>,
         findings: &mut Findings,
     ) {
         let node = NodeKey { cluster: cluster.clone(), node: name.clone() };
-        let number = DeviceNumber::of(family, other.endpoint.rank, Lane::FIRST);
-        let theirs = DeviceNumber::of(family, self.me.endpoint.rank, Lane::FIRST);
+        for lane in Lanes::MOST.iter() {
+            let number = DeviceNumber::of(family, other.endpoint.rank, lane);
+            let theirs = DeviceNumber::of(family, self.me.endpoint.rank, lane);
+            let both = self.me.endpoint.devices.contains_key(&number)
+                && other.endpoint.devices.contains_key(&theirs);
+            if both || lane == Lane::FIRST {
+                self.add_peer(&node, other, (number, theirs), allowed.clone(), findings);
+            }
+        }
+    }
+
+    fn add_peer(
+        &mut self,
+        node: &NodeKey,
+        other: &Station<'_>,
+        (number, theirs): (DeviceNumber, DeviceNumber),
+        allowed: BTreeSet<Prefix>,
+        findings: &mut Findings,
+    ) {
         let Some(device) = other.endpoint.devices.get(&theirs) else {
             let text =
                 format!("states no device {theirs}, so there is no tunnel to it; is its agent running?");
@@ -115,7 +133,7 @@ impl Devices<'_> {
             return;
         };
         // WireGuard itself refuses a peer that bears its own key; and what is ours nobody else speaks with.
-        let foreign = *cluster != self.world.cluster;
+        let foreign = node.cluster != self.world.cluster;
         if self.me.endpoint.devices.values().any(|mine| mine.key == device.key)
             || (foreign && self.own_keys.contains(&device.key))
         {
@@ -125,7 +143,9 @@ impl Devices<'_> {
         }
         // Handshakes go where others say: not to our own pods, services and nodes.
         let ours = |a: IpAddr| foreign && self.inner.iter().any(|p| p.contains(a));
-        if let Some(address) = other.endpoint.candidates.iter().find(|a| ours(**a)) {
+        if let Some(address) = other.endpoint.candidates.iter().find(|a| ours(**a))
+            && number.lane() == Lane::FIRST
+        {
             let text =
                 format!("states that it is at {address}, which is this cluster's own; it is not tried there");
             findings.warning("CandidateIsOurs", format!("node {node}"), text);
@@ -159,6 +179,6 @@ impl Devices<'_> {
             }
             return;
         }
-        entry.peers.insert(device.key, Peer { node, candidates, allowed, tunnel });
+        entry.peers.insert(device.key, Peer { node: node.clone(), candidates, allowed, tunnel });
     }
 }

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use tombolo_proto::model::NodeName;
+use tombolo_proto::model::{Lane, NodeName};
 
 use super::backend::Ranges;
 use super::findings::Findings;
 use super::local::{Exported, Frame, Local};
-use super::{eligible, firewall, peer, roster, route, rule};
+use super::{eligible, firewall, lane, peer, roster, route, rule};
 use crate::desired::{Balance, Firewall, NodeDesired, Vip};
 use crate::finding::Finding;
 use crate::known::Section;
@@ -125,7 +125,11 @@ impl Rest {
     ) -> Self {
         let mut findings = Findings::default();
         let stations = roster::stations(world, members, &mut findings);
-        let devices = peer::devices(world, members, &stations, &mut findings);
+        // What can be reached lane 0 tells; the others carry what it does.
+        let (devices, others): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            peer::devices(world, members, &stations, &mut findings)
+                .into_iter()
+                .partition(|(number, _)| number.lane() == Lane::FIRST);
         let me = stations.get(&world.cluster).and_then(|own| own.get(&world.node));
         let claim = me.map(|me| me.claim.clone()).unwrap_or_default();
         let mut firewall = firewall::firewall(world, members, &claim);
@@ -138,10 +142,13 @@ impl Rest {
             unreached: eligible::unreached(world, &devices),
         };
         if members.contains_key(&world.cluster) {
-            let (routes, narrow) = route::routes(world, members, &stations, &devices, &mut findings);
+            let (mut routes, narrow) = route::routes(world, members, &stations, &devices, &mut findings);
             firewall.narrow = narrow;
-            desired.rules = Section::Set(rule::rules(&routes, &devices));
-            desired.devices = Section::Set(devices);
+            let all: BTreeMap<_, _> = devices.into_iter().chain(others).collect();
+            let lanes = lane::lanes(&world.health, &all, &mut routes, &mut findings);
+            firewall.lanes = lanes;
+            desired.rules = Section::Set(rule::rules(&routes, &all, lanes));
+            desired.devices = Section::Set(all);
             desired.routes = Section::Set(routes);
         }
         Self { desired, firewall, frame, findings }

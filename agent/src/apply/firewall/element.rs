@@ -10,10 +10,10 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::Value;
 use tombolo_agent_core::desired::{Balance, Firewall, Vip};
 use tombolo_agent_core::world::Reach;
-use tombolo_proto::model::{DeviceNumber, Family, Prefix, Protocol};
+use tombolo_proto::model::{DeviceNumber, Family, Lane, Lanes, Prefix, Protocol};
 
 use super::super::netlink::device_number;
-use super::shape::{HASH_MODULUS, MAX_BACKENDS, VIP_SEED, affinity_class};
+use super::shape::{HASH_MODULUS, LANE_BUCKETS, MAX_BACKENDS, VIP_SEED, affinity_class};
 
 /// One value of a key or of what it leads to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,6 +36,10 @@ pub(super) enum Datum {
     Pick(Family, u16),
     /// `goto keep<family>_<seconds>`
     Keep(Family, u32),
+    /// `goto spread_<family>`
+    Spread(Family),
+    /// `goto lane_<n>`
+    Lane(Lane),
 }
 
 impl fmt::Display for Datum {
@@ -50,7 +54,9 @@ impl fmt::Display for Datum {
             Self::Device(number) => write!(f, "\"{number}\""),
             Self::Family(Family::V4) => f.write_str("ipv4"),
             Self::Family(Family::V6) => f.write_str("ipv6"),
-            Self::Pick(..) | Self::Keep(..) => write!(f, "goto {}", Goto(self)),
+            Self::Pick(..) | Self::Keep(..) | Self::Spread(_) | Self::Lane(_) => {
+                write!(f, "goto {}", Goto(self))
+            }
         }
     }
 }
@@ -63,6 +69,8 @@ impl fmt::Display for Goto<'_> {
         match self.0 {
             Datum::Pick(family, n) => write!(f, "pick{}_{n}", digit(*family)),
             Datum::Keep(family, seconds) => write!(f, "keep{}_{seconds}", digit(*family)),
+            Datum::Spread(family) => write!(f, "spread_{}", digit(*family)),
+            Datum::Lane(lane) => write!(f, "lane_{}", lane.get()),
             _ => Ok(()),
         }
     }
@@ -139,6 +147,10 @@ fn parse_goto(chain: &str) -> Option<Datum> {
         "pick6" => Datum::Pick(Family::V6, number.parse().ok()?),
         "keep4" => Datum::Keep(Family::V4, number.parse().ok()?),
         "keep6" => Datum::Keep(Family::V6, number.parse().ok()?),
+        "spread" => {
+            Datum::Spread(Family::ALL.into_iter().find(|family| number == digit(*family).to_string())?)
+        }
+        "lane" => Datum::Lane(Lane::new(number.parse().ok()?)?),
         _ => return None,
     })
 }
@@ -197,7 +209,18 @@ pub(super) fn desired(firewall: &Firewall) -> BTreeMap<String, Elements> {
     let devices = firewall.out_devices.iter().map(|n| (vec![Datum::Device(*n)], Vec::new()));
     all.insert("out_devices".to_owned(), devices.collect());
     all.insert("narrow6".to_owned(), nets(firewall.narrow.iter().map(Prefix::net), Family::V6));
+    put_lanes(firewall.lanes, &mut all);
     all
+}
+
+/// One lane needs no hash of anything.
+fn put_lanes(lanes: Lanes, all: &mut BTreeMap<String, Elements>) {
+    let several = lanes > Lanes::ONE;
+    let spread = |family: Family| (vec![Datum::Family(family)], vec![Datum::Spread(family)]);
+    all.insert("spread".to_owned(), Family::ALL.into_iter().filter(|_| several).map(spread).collect());
+    let buckets = (0..LANE_BUCKETS).filter(|_| several).zip(lanes.iter().cycle());
+    let bucket = |(bucket, lane)| (vec![Datum::Number(bucket)], vec![Datum::Lane(lane)]);
+    all.insert("lanes".to_owned(), buckets.map(bucket).collect());
 }
 
 fn one_family(firewall: &Firewall, family: Family, all: &mut BTreeMap<String, Elements>) {
@@ -257,6 +280,7 @@ pub(super) fn vips_apart(
         clusterset,
         resolvers,
         narrow,
+        lanes,
     } = new;
     let same = old.reach == *reach
         && old.own == *own
@@ -269,7 +293,8 @@ pub(super) fn vips_apart(
         && old.exported == *exported
         && old.clusterset == *clusterset
         && old.resolvers == *resolvers
-        && old.narrow == *narrow;
+        && old.narrow == *narrow
+        && old.lanes == *lanes;
     if !same {
         return None;
     }
@@ -468,6 +493,7 @@ mod tests {
             clusterset: BTreeSet::new(),
             resolvers: BTreeSet::new(),
             narrow: BTreeSet::new(),
+            lanes: Lanes::ONE,
         };
         let all = desired(&firewall);
         assert_eq!(all["vip4"].values().next().unwrap(), &[Datum::Pick(Family::V4, 5)]);
@@ -476,6 +502,26 @@ mod tests {
             all["backend4"].values().filter(|value| value[0] == wanted).count()
         };
         assert_eq!((all["backend4"].len(), to(1), to(2)), (5, 4, 1));
+    }
+
+    #[test]
+    fn lanes_have_even_shares_and_one_has_none() {
+        let of = |lanes| {
+            let mut all = BTreeMap::new();
+            put_lanes(Lanes::new(lanes).unwrap(), &mut all);
+            let lane = |n| {
+                let wanted = [Datum::Lane(Lane::new(n).unwrap())];
+                all["lanes"].values().filter(|value| **value == wanted).count()
+            };
+            ([lane(0), lane(1), lane(2), lane(3)], all["spread"].len())
+        };
+        assert_eq!(of(1), ([0, 0, 0, 0], 0));
+        assert_eq!(of(3), ([22, 21, 21, 0], 2));
+        assert_eq!(of(4), ([16, 16, 16, 16], 2));
+        for datum in [Datum::Spread(Family::V6), Datum::Lane(Lane::new(7).unwrap())] {
+            let value = serde_json::json!({ "goto": { "target": Goto(&datum).to_string() } });
+            assert_eq!(Column::Verdict.parse(&value), Some(datum));
+        }
     }
 
     #[test]

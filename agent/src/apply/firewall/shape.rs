@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use ring::digest;
-use tombolo_agent_core::desired::{DNS_PORT, MARK, MARK_MASK};
+use tombolo_agent_core::desired::{DNS_PORT, LANE_KEPT, LANE_MASK, MARK, MARK_MASK, lane_mark};
 use tombolo_agent_core::path_mtu::LEAST;
+use tombolo_proto::model::Lanes;
 
 use super::element::Column;
 
@@ -24,6 +25,10 @@ const CLIENT_SEED: u32 = 0x746f_6d62;
 pub(super) const VIP_SEED: u32 = 0x6f6c_6f21;
 /// What hashes are taken modulo.
 pub(super) const HASH_MODULUS: u32 = u32::MAX;
+/// Seed of the hash of flows.
+const LANE_SEED: u32 = 0x746f_6c61;
+/// Parts that flows are hashed into, shared out among the lanes.
+pub(super) const LANE_BUCKETS: u16 = 64;
 /// Clients remembered, of each family.
 const AFFINITY_SIZE: u32 = 262_144;
 
@@ -104,6 +109,7 @@ pub(super) fn shape() -> Shape {
     b.set("narrow6".into(), "type ipv6_addr; flags interval", &[Column::Net]);
 
     transit(&mut b);
+    lanes(&mut b);
     source(&mut b);
     reach(&mut b);
     service(&mut b);
@@ -198,6 +204,41 @@ fn transit(b: &mut Builder) {
             LEAST - 60
         ),
     );
+}
+
+/// Flows to other clusters bear their lane in their mark, once translations are done. A node of one lane looks up one byte.
+fn lanes(b: &mut Builder) {
+    b.map("spread".into(), "type nf_proto : verdict", &[Column::Family], &[Column::Verdict]);
+    b.map(
+        "lanes".into(),
+        &format!("typeof numgen random mod {LANE_BUCKETS} : verdict"),
+        &[Column::Number],
+        &[Column::Verdict],
+    );
+    for lane in Lanes::MOST.iter() {
+        let chain = format!("lane_{}", lane.get());
+        b.chain(&chain);
+        let (keep, mark) = (!LANE_MASK, lane_mark(lane));
+        b.rule(&chain, format!("meta mark set meta mark & {keep:#010x} | {mark:#010x}"));
+    }
+    for (f, ip) in FAMILIES {
+        let chain = format!("spread_{f}");
+        b.chain(&chain);
+        b.rule(&chain, format!("{ip} daddr != @foreign{f} return"));
+        // Of the rest there is little; and answers to echoes of lane 0, which tell what lives, must not hang on another.
+        b.rule(
+            &chain,
+            format!(
+                "meta l4proto {{ tcp, udp, sctp }} jhash {ip} saddr . {ip} daddr . th sport . th dport \
+                 mod {LANE_BUCKETS} seed {LANE_SEED:#x} vmap @lanes"
+            ),
+        );
+    }
+    b.hook("lane", "filter hook prerouting priority dstnat + 10");
+    b.rule("lane", "meta nfproto vmap @spread");
+    b.hook("lane_output", "route hook output priority -90");
+    b.rule("lane_output", format!("meta mark & {:#010x} != 0 accept", LANE_KEPT | MARK_MASK));
+    b.rule("lane_output", "meta nfproto vmap @spread");
 }
 
 /// Source kept between pods, the tunnel address for everything else.

@@ -2,7 +2,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 use tombolo_proto::model::{
-    BackendGroup, Backends, Export, Family, Hostname, Position, Preference, Rank, RecordKey, Scope,
+    BackendGroup, Backends, Export, Family, Hostname, Lanes, Position, Preference, Rank, RecordKey, Scope,
     ServiceType, record_kind,
 };
 use tombolo_proto::testing;
@@ -56,7 +56,7 @@ fn k8s_node(host: u8) -> Node {
 
 fn tunnel_node(host: u8) -> TunnelNode {
     TunnelNode {
-        devices: devices(1, host),
+        devices: devices(1, host, Lanes::ONE),
         candidates: vec![ip(&format!("192.0.2.{host}"))],
         prefixes: BTreeSet::new(),
         outside: BTreeSet::new(),
@@ -747,7 +747,8 @@ pub(super) fn thousand() -> ClusterWorld {
             ..k8s_node(1)
         };
         nodes.insert(name.clone(), value);
-        tunnel_nodes.insert(name, TunnelNode { devices: devices(high + 1, low), ..tunnel_node(1) });
+        tunnel_nodes
+            .insert(name, TunnelNode { devices: devices(high + 1, low, Lanes::ONE), ..tunnel_node(1) });
     }
     world
 }

@@ -3,6 +3,7 @@
 mod cluster;
 mod derived;
 mod eligible;
+mod lane;
 mod mcs;
 mod merge;
 mod mesh;
@@ -15,8 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use tombolo_proto::model::{
-    Backend, ClusterId, Device, DeviceFamily, DeviceNumber, Endpoint, Export, Family, Lane, NodeName, Port,
-    Preference, Prefix, Protocol, Rank, ServiceType, WireguardKey,
+    Backend, ClusterId, Device, DeviceNumber, Endpoint, Export, Family, Lanes, NodeName, Port, Preference,
+    Prefix, Protocol, Rank, ServiceType, WireguardKey,
 };
 use tombolo_proto::testing::net;
 
@@ -67,12 +68,9 @@ fn export(created: u64, ports: &[Port]) -> Export {
     }
 }
 
-/// All lane-0 devices, with keys that tell cluster, node and device apart.
-fn devices(cluster: u8, host: u8) -> BTreeMap<DeviceNumber, Device> {
-    let ranks = (0..4).filter_map(Rank::new);
-    let numbers = ranks
-        .flat_map(|r| [DeviceFamily::Out, DeviceFamily::In].map(|f| DeviceNumber::of(f, r, Lane::FIRST)));
-    numbers
+/// All devices, with keys that tell cluster, node and device apart.
+fn devices(cluster: u8, host: u8, lanes: Lanes) -> BTreeMap<DeviceNumber, Device> {
+    DeviceNumber::all(lanes)
         .map(|n| {
             let mut key = [0x77; 32];
             key[..3].copy_from_slice(&[cluster, host, n.get()]);
@@ -86,7 +84,7 @@ fn endpoint(cluster: u8, host: u8, name: &str, rank: u8) -> Endpoint {
     Endpoint {
         node: node(name),
         rank: Rank::new(rank).unwrap(),
-        devices: devices(cluster, host),
+        devices: devices(cluster, host, Lanes::ONE),
         candidates: vec![ip(&format!("192.0.2.{}", cluster * 16 + host))],
         tunnel_v4: Some(format!("198.18.{cluster}.{host}").parse().unwrap()),
         tunnel_v6: Some(format!("fd00:18:{cluster}::{host}").parse().unwrap()),

@@ -4,13 +4,13 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::{Ipv4Net, Ipv6Net};
 use proptest::prelude::*;
 use tombolo_proto::model::{
-    ClusterId, Device, DeviceFamily, DeviceNumber, Endpoint, Family, NodeName, Prefix, Protocol, Rank,
-    ServiceType, WireguardKey,
+    ClusterId, Device, DeviceFamily, DeviceNumber, Endpoint, Family, Lane, Lanes, NodeName, Prefix, Protocol,
+    Rank, ServiceType, WireguardKey,
 };
 use tombolo_proto::testing::net;
 
 use super::{backend, endpoint, id, ip, nets, node, owned, port, service, tunnel};
-use crate::desired::{Firewall, NodeDesired, Route, TABLE_IN, TABLE_OUT, TunnelDevice, Via, Vip};
+use crate::desired::{Firewall, NodeDesired, Route, TABLE_IN, TABLE_OUT, TunnelDevice, Via, Vip, table_lane};
 use crate::known::{Known, Section};
 use crate::object::{Import, Slice, SliceKey};
 use crate::shelf::Shelf;
@@ -84,7 +84,7 @@ pub(super) fn slots(desired: &NodeDesired, prefix: &str) -> Option<Vec<u8>> {
         Via::Devices(d) if r.prefix == wanted && r.table == TABLE_OUT => {
             Some(d.iter().map(|n| n.get()).collect())
         }
-        Via::Devices(_) | Via::Unreachable => None,
+        Via::Devices(_) | Via::Bound(_) | Via::Unreachable => None,
     })
 }
 
@@ -432,7 +432,7 @@ fn any_endpoint() -> impl Strategy<Value = Endpoint> {
     let tunnel = (0_u8..4, 0_u8..4);
     (
         prop::sample::select(vec![0_u8, 0, 0, 0, 1, 2, 3]),
-        (prop::collection::vec(1_u8..40, 8), prop::option::weighted(0.1, 0_u8..8)),
+        (prop::collection::vec(1_u8..60, 8..=24), prop::option::weighted(0.1, 0_u8..24)),
         prop::collection::vec(candidate, 0..4),
         prop::option::of(tunnel.clone()),
         prop::option::of(tunnel),
@@ -442,7 +442,7 @@ fn any_endpoint() -> impl Strategy<Value = Endpoint> {
         .prop_map(|(rank, devices, candidates, v4, v6, prefixes, mesh)| Endpoint {
             node: node("x"),
             rank: Rank::new(rank).unwrap(),
-            devices: (0..8)
+            devices: (0..)
                 .zip(devices.0)
                 .filter(|(n, _)| Some(*n) != devices.1)
                 .map(|(n, key)| (number(n), Device { key: WireguardKey([key; 32]), port: 4510 }))
@@ -606,7 +606,9 @@ proptest! {
         let routes = desired.routes.get().unwrap();
         let mut carried = BTreeSet::new();
         for route in routes {
-            prop_assert!(within(&own, &route.prefix) || (route.table == TABLE_OUT && within(&foreign, &route.prefix)));
+            let (first, lane) = table_lane(route.table).unwrap();
+            prop_assert!(firewall(&desired).lanes.iter().any(|l| l == lane));
+            prop_assert!(within(&own, &route.prefix) || (first == TABLE_OUT && within(&foreign, &route.prefix)));
             prop_assert!(route.source.is_none_or(|s| Family::of(s) == route.prefix.family()));
             if let Via::Devices(slots) = &route.via {
                 prop_assert!(carried.insert((route.table, route.prefix)), "{} has two routes", route.prefix);
@@ -615,6 +617,22 @@ proptest! {
                     prop_assert!(devices[slot].peers.values().any(|p| within(&p.allowed, &route.prefix)));
                 }
             }
+        }
+        // Other lanes lead to the same nodes.
+        let to = |lane: Lane| -> BTreeSet<Route> {
+            let of_lane = routes.iter().filter(|r| table_lane(r.table).unwrap().1 == lane);
+            let first = |route: &Route| {
+                let via = match &route.via {
+                    Via::Devices(all) => Via::Devices(all.iter().map(|n| n.in_lane(Lane::FIRST)).collect()),
+                    Via::Bound(_) => return None,
+                    Via::Unreachable => Via::Unreachable,
+                };
+                Some(Route { table: table_lane(route.table).unwrap().0, via, ..route.clone() })
+            };
+            of_lane.filter_map(first).collect()
+        };
+        for lane in firewall(&desired).lanes.iter() {
+            prop_assert_eq!(to(lane), to(Lane::FIRST));
         }
         for prefix in foreign.iter().filter(|_| here) {
             let twin = Route { table: TABLE_OUT, prefix: *prefix, via: Via::Unreachable, source: None, mtu: None };
@@ -637,15 +655,16 @@ proptest! {
 
     /// Both ends compute the same pairs, each alone.
     #[test]
-    fn pairs_agree(ranks in prop::collection::vec((0_usize..3, 0_u8..4, any::<bool>()), 1..10)) {
+    fn pairs_agree(ranks in prop::collection::vec((0_usize..3, 0_u8..4, any::<bool>(), 1_u8..4), 1..10)) {
         let names = ["as", "eu", "us"];
         let mut members: BTreeMap<ClusterId, MemberNodes> = (0..3_u8)
             .map(|i| (id(names[usize::from(i)]), MemberNodes { serial: i.into(), owned: owned(i), tunnel: tunnel(i), nodes: BTreeMap::new() }))
             .collect();
-        for (host, (cluster, rank, mesh)) in ranks.into_iter().enumerate() {
-            let host = u8::try_from(host).unwrap() + 1;
+        for (host, (cluster, rank, mesh, lanes)) in ranks.into_iter().enumerate() {
+            let (host, number) = (u8::try_from(host).unwrap() + 1, u8::try_from(cluster).unwrap());
             let name = format!("n{host}");
-            let endpoint = Endpoint { mesh, ..endpoint(u8::try_from(cluster).unwrap(), host, &name, rank) };
+            let devices = super::devices(number, host, Lanes::new(lanes).unwrap());
+            let endpoint = Endpoint { mesh, devices, ..endpoint(number, host, &name, rank) };
             members.get_mut(&id(names[cluster])).unwrap().nodes.insert(node(&name), endpoint);
         }
         // (who, own device's key) talks to (who, that one's key).

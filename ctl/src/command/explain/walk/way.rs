@@ -88,7 +88,7 @@ impl Walk<'_> {
             .filter(covers)
             .filter_map(|r| match &r.via {
                 Via::Devices(devices) => Some((r.prefix, devices)),
-                Via::Unreachable => None,
+                Via::Bound(_) | Via::Unreachable => None,
             })
             .max_by_key(|(prefix, _)| prefix.length());
         let Some((prefix, slots)) = best else {
@@ -227,7 +227,7 @@ impl Walk<'_> {
         for (node, number) in self.unused(goal, slots) {
             bad.push(format!("{node} by {number}, which would be direct"));
         }
-        let open = "does UDP 4510 to 4522 pass between the two nodes, both ways (clouds' firewalls, NAT)? do agent and \
+        let open = "does UDP 4510 to 4517 pass between the two nodes, both ways (clouds' firewalls, NAT)? do agent and \
                     tombolo-wireguard run there? tombolo status shows the addresses that are tried";
         let Some(answering) = answering else {
             return self.fail("peer", format!("nobody answers: {}", bad.join(", ")), &[open]);
