@@ -19,8 +19,12 @@ use crate::segment::Single;
 use crate::stamp::Stamps;
 use crate::uapi::{self, AllowedIp, Past, SetDevice, SetPeer, UapiError};
 
-/// How often [`Device::handle_tick`] wants to be called.
+/// How often each peer's timers are looked at.
 pub const TICK: Duration = Duration::from_millis(250);
+/// Peers whose timers are looked at in one go, about: their packets wait for these 30 us.
+const SHARE: usize = 64;
+/// A tick is divided into so many parts at most.
+const MOST_SHARES: usize = 64;
 
 /// The most peers of one device.
 pub const MAX_PEERS: usize = 1 << 16;
@@ -97,6 +101,8 @@ pub struct Device {
     /// The upper bits of the next peer's index, so that messages for one that is gone meet nobody.
     generation: u8,
     seconds: Option<Instant>,
+    /// The first peer whose timers are to be looked at next.
+    turn: usize,
     changed: bool,
 }
 
@@ -132,6 +138,7 @@ impl Device {
             drops: Drops::default(),
             generation: seed,
             seconds: None,
+            turn: 0,
             changed: false,
         }
     }
@@ -265,16 +272,34 @@ impl Device {
         }
     }
 
-    /// Time has passed; to be called each [`TICK`].
+    /// In how many goes all peers' timers are looked at.
+    fn shares(&self) -> usize {
+        self.peers.len().div_ceil(SHARE).clamp(1, MOST_SHARES)
+    }
+
+    /// Until [`Self::handle_tick`] is to be called again.
+    pub fn pause(&self) -> Duration {
+        TICK / u32::try_from(self.shares()).unwrap_or(1)
+    }
+
+    /// Time has passed: looks at the timers of the peers whose turn it is.
     pub fn handle_tick(&mut self, at: Moment, wire: &mut impl Wire) {
         let second = Duration::from_secs(1);
         if self.seconds.is_none_or(|last| at.now.saturating_duration_since(last) >= second) {
             self.seconds = Some(at.now);
             self.handle_second(at, wire);
         }
-        let addresses = self.limiter.is_loaded(at.now).then_some(self.peers.iter().flatten());
-        self.limiter.set_peers(addresses.into_iter().flatten().filter_map(|peer| Some(peer.endpoint?.ip())));
-        for slot in 0..self.peers.len() {
+        if self.turn >= self.peers.len() {
+            self.turn = 0;
+        }
+        if self.turn == 0 {
+            let addresses = self.limiter.is_loaded(at.now).then_some(self.peers.iter().flatten());
+            self.limiter
+                .set_peers(addresses.into_iter().flatten().filter_map(|peer| Some(peer.endpoint?.ip())));
+        }
+        let first = self.turn;
+        self.turn = (first + self.peers.len().div_ceil(self.shares())).min(self.peers.len());
+        for slot in first..self.turn {
             let Some(peer) = self.peers[slot].as_mut() else { continue };
             let mut asleep = !peer.lines.is_empty();
             for place in peer.lines.handle_tick(at.now) {

@@ -226,7 +226,7 @@ impl Worker {
 
     fn carry(&mut self) -> Result<End, WorkerError> {
         let mut tick = Instant::now();
-        let (mut save_next, mut counted) = (tick, tick);
+        let (mut look, mut save_next, mut counted) = (tick, tick, tick);
         loop {
             let ready = self.wait(tick)?;
             let at = moment();
@@ -248,9 +248,12 @@ impl Worker {
                 self.answer(at);
             }
             if at.now >= tick {
-                tick = at.now + TICK;
-                self.outlive_elder(at.now);
+                tick = at.now + self.device.pause();
                 self.device.handle_tick(at, &mut self.links);
+            }
+            if at.now >= look {
+                look = at.now + TICK;
+                self.outlive_elder(at.now);
                 self.stamps.keep(self.device.stamps(), at.now, false);
                 if server::inode(&server::path_of(&self.name)) != self.socket || self.socket.is_none() {
                     tracing::info!(device = %self.name, "the configuration socket was removed");

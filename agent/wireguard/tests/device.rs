@@ -4,10 +4,11 @@
 
 mod wire;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use tombolo_wireguard::device::{Device, Drops};
+use tombolo_wireguard::device::{Device, Drops, TICK};
 use tombolo_wireguard::key::{PresharedKey, PrivateKey};
 use tombolo_wireguard::uapi::{Request, parse_request, parse_state};
 use wire::{End, carry, now, packet};
@@ -83,6 +84,36 @@ fn a_lost_first_call_is_made_anew_at_once_and_seldom() {
         b.device.handle_tick(now(), &mut b.tray);
     }
     assert!(a.tray.datagrams.is_empty() && b.tray.datagrams.is_empty());
+}
+
+#[test]
+fn timers_of_many_peers_are_looked_at_by_turns() {
+    let mut a = End::new(1);
+    assert_eq!(a.device.pause(), TICK);
+    let keepalive = |n: u16| {
+        let mut key = [7; 32];
+        key[1..3].copy_from_slice(&n.to_le_bytes());
+        let key = PrivateKey::new(key).unwrap();
+        format!(
+            "public_key={}\nendpoint=192.0.2.9:{}\npersistent_keepalive_interval=10\n",
+            key.public().hex(),
+            n + 1
+        )
+    };
+    (0..1000).for_each(|n| a.set(&keepalive(n)));
+    a.tray.datagrams.clear();
+    let goes = 16;
+    assert_eq!(a.device.pause() * goes, TICK);
+    // A first call is made anew at the second look.
+    for round in 1..=2 {
+        let mut called = BTreeSet::new();
+        for _ in 0..goes {
+            a.device.handle_tick(now(), &mut a.tray);
+            assert!(a.tray.datagrams.len() <= 63, "{}", a.tray.datagrams.len());
+            called.extend(a.tray.datagrams.drain(..).map(|(to, _)| to.port()));
+        }
+        assert_eq!(called.len(), if round == 2 { 1000 } else { 0 });
+    }
 }
 
 #[test]
