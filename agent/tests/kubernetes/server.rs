@@ -41,11 +41,29 @@ pub(crate) struct Proxy {
     pub(crate) stream: TcpStream,
 }
 
+/// A program that ends with us, also when we are killed: its keeper waits for the end of our pipe.
 struct Running(Child);
+
+/// Runs the rest of its arguments until its standard input ends, or the program does.
+const KEEPER: &str = r#"exec 3<&0
+"$@" 3<&- </dev/null & program=$!
+(read -r _ <&3; kill -9 $program) 2>/dev/null & reader=$!
+exec 3<&-
+wait $program; status=$?
+kill $reader 2>/dev/null
+exit $status"#;
+
+impl Running {
+    fn command(program: &Path) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", KEEPER, "keeper"]).arg(program).stdin(Stdio::piped());
+        command
+    }
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let _ = self.0.kill();
+        drop(self.0.stdin.take());
         let _ = self.0.wait();
     }
 }
@@ -93,7 +111,7 @@ impl Server {
         let tokens = "admin,admin,admin,system:masters\nuser,user,user,users\n";
         fs::write(directory.path().join("tokens.csv"), tokens).unwrap();
         let (etcd_port, peer, port) = (free_port(), free_port(), free_port());
-        let etcd = Command::new(&programs.etcd)
+        let etcd = Running::command(&programs.etcd)
             .arg(format!("--data-dir={}", directory.path().join("etcd").display()))
             .arg(format!("--listen-client-urls=http://127.0.0.1:{etcd_port}"))
             .arg(format!("--advertise-client-urls=http://127.0.0.1:{etcd_port}"))
@@ -114,7 +132,7 @@ impl Server {
     /// Starts the API server again after [`Self::stop_api`].
     pub(crate) async fn start_api(&mut self) {
         let file = |name: &str| self.directory.path().join(name).display().to_string();
-        let api = Command::new(&self.programs.api)
+        let api = Running::command(&self.programs.api)
             .arg(format!("--etcd-servers=http://127.0.0.1:{}", self.etcd_port))
             .arg("--bind-address=127.0.0.1")
             .arg(format!("--secure-port={}", self.port))
@@ -195,7 +213,7 @@ impl Server {
     /// Such a connection.
     pub(crate) async fn proxy(&self) -> Proxy {
         let port = free_port();
-        let kubectl = Command::new(&self.programs.kubectl)
+        let kubectl = Running::command(&self.programs.kubectl)
             .env("KUBECONFIG", self.admin_kubeconfig())
             .arg("proxy")
             .arg(format!("--port={port}"))
