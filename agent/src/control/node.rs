@@ -8,21 +8,18 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context as _, Result};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::watch;
-use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tombolo_agent_core::desired::NodeDesired;
 use tombolo_agent_core::finding::{Finding, Severity};
 use tombolo_agent_core::hello::WITHHELD;
 use tombolo_agent_core::known::{Known, Section};
-use tombolo_agent_core::object::{NodeKey, TunnelNode};
+use tombolo_agent_core::object::NodeKey;
 use tombolo_agent_core::outside::Outside;
 use tombolo_agent_core::plan::{Planner, eligible};
 use tombolo_agent_core::steady::Steady;
-use tombolo_agent_core::world::{Health, MemberNodes, NodeWorld, Reach};
+use tombolo_agent_core::world::{Health, NodeWorld, Reach};
 use tombolo_agent_core::zone::Zone;
-use tombolo_proto::model::{
-    ClusterId, Device, DeviceNumber, Endpoint, Family, NodeName, Position, Prefix, Rank, WireguardKey,
-};
+use tombolo_proto::model::{ClusterId, DeviceNumber, Family, NodeName, Position, Prefix, Rank, WireguardKey};
 use tracing::{debug, info, warn};
 
 use crate::admin::{Planned, Shown};
@@ -36,6 +33,11 @@ use crate::observe::member::{Members, Verifier, inner_ranges};
 use crate::observe::netlink::{Monitor, Underlay};
 use crate::tell::Part;
 
+mod announce;
+mod saving;
+
+use saving::Saving;
+
 /// Changes that come together are planned together.
 const DEBOUNCE: Duration = Duration::from_millis(5);
 /// However long a pass takes, the next begins so long after it at the latest.
@@ -44,10 +46,6 @@ const BRAKE: Duration = Duration::from_millis(300);
 const ATTEMPT: Duration = Duration::from_secs(5);
 /// At a start the API may take so long before the cache is used: what it holds may be older than what is in the kernel.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// The cache is written so often at most.
-const SAVE: Duration = Duration::from_secs(5);
-/// After it took long, so many times as long is waited.
-const SAVE_PAUSE: u32 = 50;
 /// A slow resync heals what no event told.
 const RESYNC: Duration = Duration::from_secs(30);
 /// After a pass that failed in part; doubled up to [`RETRY_MAX`].
@@ -264,43 +262,6 @@ impl Node {
         }
     }
 
-    /// Begins to keep what was verified, for a start without the API, if it is time. When to ask again.
-    fn save(&mut self, saving: &mut Saving, verifier: &Verifier, observed: &Arc<Observed>) -> Duration {
-        let due = saving.next.map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()));
-        if saving.of.as_ref().is_some_and(|of| Arc::ptr_eq(of, observed)) || self.cache.is_none() {
-            return RESYNC;
-        }
-        if due.is_zero()
-            && let Some(good) = heavy(|| verifier.good(observed))
-            && let Some(mut cache) = self.cache.take()
-        {
-            saving.of = Some(observed.clone());
-            saving.task = Some(tokio::task::spawn_blocking(move || {
-                let begun = Instant::now();
-                let written = cache.keep(&good);
-                (cache, written.then(|| begun.elapsed()))
-            }));
-            return RESYNC;
-        }
-        due.max(DEBOUNCE)
-    }
-
-    /// The cache was written.
-    fn saved(&mut self, saving: &mut Saving, done: Result<(Cache, Option<Duration>), JoinError>) {
-        saving.task = None;
-        match done {
-            Ok((cache, took)) => {
-                self.cache = Some(cache);
-                if let Some(took) = took {
-                    saving.next = Some(Instant::now() + SAVE.max(took * SAVE_PAUSE));
-                }
-            }
-            Err(error) => {
-                warn!("what was verified is not kept for a start without the API any more: {error}")
-            }
-        }
-    }
-
     /// Makes keys anew if that was asked for. False if it is to be tried again.
     fn rotate(&self, observed: &Observed) -> bool {
         let Known::Yes(Some(clusterset)) = &observed.clusterset else { return true };
@@ -353,69 +314,6 @@ impl Node {
                 elsewhere && !state.is_some_and(|state| state.is_alive(now))
             })
         })
-    }
-
-    /// Where other clusters see this node; it goes on from what was told before this agent's start.
-    fn outside(
-        &mut self,
-        state: &mut Option<Outside>,
-        now: Duration,
-        observed: &Observed,
-        underlay: &Underlay,
-    ) -> BTreeSet<IpAddr> {
-        let Some(tunnel_nodes) = observed.tunnel_nodes.get() else { return BTreeSet::new() };
-        let state = state.get_or_insert_with(|| {
-            tunnel_nodes.get(&self.name).map(|told| Outside::new(&told.outside)).unwrap_or_default()
-        });
-        let node = observed.nodes.get().and_then(|nodes| nodes.get(&self.name));
-        let own = underlay.addresses.iter().chain(node.into_iter().flat_map(|node| &node.addresses));
-        state.handle(now, &self.seen.borrow_and_update(), &own.copied().collect());
-        state.value(now)
-    }
-
-    /// Says what this node is, where the cluster's controller reads it. False if that failed.
-    async fn announce(
-        &mut self,
-        observed: &Observed,
-        underlay: &Underlay,
-        members: Option<&Arc<Members>>,
-        unreached: Option<&BTreeSet<ClusterId>>,
-        outside: &BTreeSet<IpAddr>,
-    ) -> bool {
-        let Some(tunnel_nodes) = observed.tunnel_nodes.get() else { return true };
-        let Known::Yes(Some(clusterset)) = &observed.clusterset else { return true };
-        let Some(nodes) = observed.nodes.get() else { return true };
-        // The controller removes what a node says that is not there; it would be said again, without end.
-        let Some(node) = nodes.get(&self.name) else {
-            let problem =
-                format!("there is no Node object named {}: make one, or correct --node-name", self.name);
-            self.shown.check("node", Some(problem));
-            return true;
-        };
-        self.shown.check("node", None);
-        let own = members.and_then(|members| members.nodes.get(&clusterset.cluster));
-        let published = tunnel_nodes.get(&self.name);
-        let devices = self.keys.public(published.map(|published| &published.devices));
-        let mut value = tunnel_node(node, underlay, own, devices);
-        // What is not steady yet stays as it was told.
-        let before = || published.map(|published| &published.unreached);
-        value.unreached = unreached.or_else(before).cloned().unwrap_or_default();
-        value.outside = outside.clone();
-        if published != Some(&value) || self.untold {
-            self.untold = true;
-            match self.api.write_tunnel_node(&self.name, &value).await {
-                Ok(written) if written.is_nothing() => self.untold = false,
-                Ok(_) => {
-                    self.untold = false;
-                    info!(candidates = ?value.candidates, outside = ?value.outside, "told what this node is")
-                }
-                Err(error) => {
-                    warn!("cannot tell what this node is, retrying: {error}");
-                    return false;
-                }
-            }
-        }
-        true
     }
 
     /// What the plan of node `name` is made from, and what is wrong with it; none of a cluster that is no member.
@@ -585,26 +483,6 @@ fn withheld(said: &BTreeMap<ClusterId, Position>, here: &BTreeMap<ClusterId, Pos
     said.iter().map(finding).collect()
 }
 
-/// The cache on its way to the disk.
-#[derive(Default)]
-struct Saving {
-    task: Option<JoinHandle<(Cache, Option<Duration>)>>,
-    /// What was given to it last.
-    of: Option<Arc<Observed>>,
-    /// Not before.
-    next: Option<Instant>,
-}
-
-impl Saving {
-    /// Waits for its end; None if it was not begun.
-    async fn done(&mut self) -> Option<Result<(Cache, Option<Duration>), JoinError>> {
-        match &mut self.task {
-            Some(task) => Some(task.await),
-            None => None,
-        }
-    }
-}
-
 /// Work that may take long, where it holds up no other task.
 fn heavy<T>(work: impl FnOnce() -> T) -> T {
     match Handle::try_current().map(|handle| handle.runtime_flavor()) {
@@ -623,71 +501,11 @@ fn owners(members: &Members) -> impl Iterator<Item = (WireguardKey, NodeKey)> {
     })
 }
 
-/// What a node says of itself. Without `spec.podCIDRs` its pods are where its own routes lead, but a subnet that it
-/// shares with other nodes is not its own.
-fn tunnel_node(
-    node: &tombolo_agent_core::object::Node,
-    underlay: &Underlay,
-    own: Option<&MemberNodes>,
-    devices: BTreeMap<DeviceNumber, Device>,
-) -> TunnelNode {
-    let mut candidates = node.addresses.clone();
-    for address in &underlay.addresses {
-        if !candidates.contains(address) {
-            candidates.push(*address);
-        }
-    }
-    for family in Family::ALL {
-        let mut count = 0;
-        candidates.retain(|a| {
-            count += usize::from(Family::of(*a) == family);
-            Family::of(*a) != family || count <= Endpoint::MAX_CANDIDATES
-        });
-    }
-    let mut prefixes = node.pod_cidrs.clone();
-    if prefixes.is_empty()
-        && let Some(own) = own
-    {
-        let shared = |p: &Prefix| underlay.addresses.iter().chain(&node.addresses).any(|a| p.contains(*a));
-        let ranges = underlay.pod_ranges(&own.owned).into_iter().filter(|p| !shared(p));
-        // One more than is stated, so that the controller says that it is too many.
-        prefixes = ranges.take(Endpoint::MAX_PREFIXES + 1).collect();
-    }
-    TunnelNode { devices, candidates, outside: BTreeSet::new(), prefixes, unreached: BTreeSet::new() }
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-
-    #[test]
-    fn a_node_without_pod_cidrs_tells_where_its_routes_lead() {
-        let node = |cidrs: &[&str]| tombolo_agent_core::object::Node {
-            gateway: false,
-            ready: true,
-            pod_cidrs: cidrs.iter().map(|p| p.parse().unwrap()).collect(),
-            addresses: vec!["10.1.0.5".parse().unwrap()],
-        };
-        let nets = |list: &[&str]| list.iter().map(|p| p.parse().unwrap()).collect::<BTreeSet<Prefix>>();
-        let underlay = Underlay {
-            addresses: vec!["10.1.0.5".parse().unwrap()],
-            mtu: 1500,
-            // The nodes' subnet, this node's pods, and something that is nobody's pods.
-            local: ["10.1.0.0/24", "10.1.3.0/24", "192.168.0.0/24"].map(|n| n.parse().unwrap()).into(),
-        };
-        let own = MemberNodes {
-            serial: 1,
-            owned: nets(&["10.1.0.0/16"]),
-            tunnel: BTreeSet::new(),
-            nodes: BTreeMap::new(),
-        };
-        let told = |cidrs: &[&str], own| tunnel_node(&node(cidrs), &underlay, own, BTreeMap::new()).prefixes;
-        assert_eq!(told(&[], Some(&own)), nets(&["10.1.3.0/24"]));
-        assert_eq!(told(&["10.1.9.0/24"], Some(&own)), nets(&["10.1.9.0/24"]));
-        assert_eq!(told(&[], None), nets(&[]));
-    }
 
     #[test]
     fn what_the_api_loses_stays_as_it_was_last_and_not_as_at_the_start() {
