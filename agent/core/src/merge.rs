@@ -29,7 +29,7 @@ impl Constituent<'_> {
     }
 }
 
-/// Reasons of condition `Conflict`, as mcs-api v0.5.0 writes them.
+/// Reasons of condition `Conflict`, as mcs-api v0.5.2 writes them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Conflict {
     /// Ports of one name that differ, or of one number that have other names; also ports that only one of them has: all

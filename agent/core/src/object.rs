@@ -216,7 +216,7 @@ pub struct DerivedService {
 /// Backends of a local service, out of all its EndpointSlices.
 pub type LocalBackends = Vec<BackendGroup>;
 
-/// Status of a ServiceExport: condition type to (status, reason, message), reasons as in mcs-api v0.5.0.
+/// Status of a ServiceExport: condition type to (status, reason, message), reasons as in mcs-api v0.5.2.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ExportStatus {
     /// `Valid`, `Ready`, `Conflict`.

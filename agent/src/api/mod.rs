@@ -228,6 +228,14 @@ pub enum Error {
         /// Because of what the object says.
         invalid: bool,
     },
+    /// The cluster's definition of a kind is older than what is written.
+    #[error("the definition of {object} in this cluster is too old: {cause}; apply deploy/crds")]
+    Undeclared {
+        /// What was written.
+        object: String,
+        /// The API server's words.
+        cause: String,
+    },
     /// The work was cut off, since this process ends.
     #[error("the agent is ending")]
     Ending,

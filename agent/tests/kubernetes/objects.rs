@@ -145,6 +145,7 @@ async fn what_people_write_is_observed_and_what_is_written_is_kept_so() {
     services(&client, &api, &mut observed).await;
     imports(&client, &api, &mut observed).await;
     adoption(&client, &api, &mut observed).await;
+    older_definitions(&server, &client, &api, &mut observed).await;
     statuses(&client, &api, &mut observed).await;
     events(&server, &api, &mut observed).await;
     own_kinds(&server, &api, &mut observed).await;
@@ -348,6 +349,7 @@ async fn imports(
     assert_eq!(there.pointer("/status/conditions/0/type"), Some(&json!("Ready")));
     assert_eq!(there.pointer("/status/conditions/0/status"), Some(&json!("True")));
     assert_eq!(there.pointer("/status/clusters"), Some(&json!([{ "cluster": "eu" }, { "cluster": "us" }])));
+    assert_eq!(there.pointer("/status/endpointSliceObjects"), Some(&json!("Present")));
     // At rest: nothing is written.
     assert!(write(wanted.clone()).await.unwrap().is_nothing());
     assert_eq!(get(client, MCS, "ServiceImport", "shop", "web").await.unwrap(), there);
@@ -418,6 +420,43 @@ async fn adoption(
     })
     .await;
     assert_eq!(api.write_imports(BTreeMap::new(), [hand].into()).await.unwrap().deleted, 1);
+}
+
+/// Definitions of ServiceImports before mcs-api v0.5.2, which another implementation may have installed.
+async fn older_definitions(
+    server: &Server,
+    client: &Client,
+    api: &Kubernetes,
+    observed: &mut watch::Receiver<std::sync::Arc<Observed>>,
+) {
+    let of = |version| {
+        let field = "schema/openAPIV3Schema/properties/status/properties/endpointSliceObjects";
+        json!({ "op": "remove", "path": format!("/spec/versions/{version}/{field}") })
+    };
+    let patch = json!([of(0), of(1)]).to_string();
+    let name = "serviceimports.multicluster.x-k8s.io";
+    server.kubectl(&["patch", "crd", name, "--type=json", "-p", &patch]).unwrap();
+    let probe = json!({
+        "apiVersion": MCS, "kind": "ServiceImport", "metadata": { "name": "probe", "namespace": "shop" },
+        "spec": { "type": "Headless" }, "status": { "endpointSliceObjects": "Present" },
+    });
+    let imports = api_of(client, &probe);
+    let params = PatchParams { dry_run: true, ..PatchParams::apply("somebody") };
+    let start = Instant::now();
+    while imports.patch("probe", &params, &Patch::Apply(&probe)).await.is_ok() {
+        assert!(start.elapsed() < PATIENCE, "the older definition is not served");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let (old, wanted) = (key("shop/old"), import(&["10.96.0.79"]));
+    let write = || api.write_imports([(old.clone(), wanted.clone())].into(), BTreeSet::new());
+    assert_eq!(write().await.unwrap().written, 1);
+    until(observed, "the import", |now| now.imports.get().and_then(|all| all.get(&old)) == Some(&wanted))
+        .await;
+    assert!(write().await.unwrap().is_nothing());
+    let there = get(client, MCS, "ServiceImport", "shop", "old").await.unwrap();
+    assert_eq!(there.pointer("/status/endpointSliceObjects"), None);
+    assert_eq!(there.pointer("/status/conditions/0/type"), Some(&json!("Ready")));
+    assert_eq!(api.write_imports(BTreeMap::new(), [old].into()).await.unwrap().deleted, 1);
 }
 
 async fn statuses(

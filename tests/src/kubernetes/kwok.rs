@@ -80,12 +80,20 @@ impl Lab {
         let text = authority.kubeconfig(&node.cluster, &url(control), &client);
         pki::write(&dir, "kubeconfig", &text)?;
         pki::write(&dir, "kwok.yaml", STAGES)?;
-        // The suite's images have busybox's `sh`, `nc` and `nslookup`, whose output it reads.
-        let busybox = which("busybox").context("busybox is missing: apt-get install busybox")?;
+        // What the suite's images have, and print: busybox's `nc` and `nslookup`; of newer suites those of OpenBSD and BIND.
+        let found = |program, package| {
+            which(program).with_context(|| format!("{program} is missing: apt-get install {package}"))
+        };
+        let busybox = found("busybox", "busybox")?;
+        let (nc, nslookup) = if super::conformance::is_newer() {
+            (found("nc.openbsd", "netcat-openbsd")?, found("nslookup", "bind9-dnsutils")?)
+        } else {
+            (busybox.clone(), busybox.clone())
+        };
         let bin = dir.join("bin");
         std::fs::create_dir_all(&bin)?;
-        for applet in ["sh", "nc", "nslookup", "echo"] {
-            std::os::unix::fs::symlink(&busybox, bin.join(applet))?;
+        for (applet, program) in [("sh", &busybox), ("echo", &busybox), ("nc", &nc), ("nslookup", &nslookup)] {
+            std::os::unix::fs::symlink(program, bin.join(applet))?;
         }
         Ok(())
     }

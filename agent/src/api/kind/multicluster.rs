@@ -1,4 +1,4 @@
-//! multicluster.x-k8s.io ServiceExport and ServiceImport (mcs-api v0.5.0; v1alpha1 has the same shape).
+//! multicluster.x-k8s.io ServiceExport and ServiceImport (mcs-api v0.5.2; v1alpha1 has the same shape).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -109,6 +109,7 @@ pub struct ServicePort {
 
 /// `status` of a ServiceImport.
 #[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
 pub struct ServiceImportStatus {
     /// Who exports.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -116,7 +117,13 @@ pub struct ServiceImportStatus {
     /// Ready.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<meta::Condition>,
+    /// [`SLICES_PRESENT`]; definitions before mcs-api v0.5.2 do not have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint_slice_objects: Option<String>,
 }
+
+/// Imported EndpointSlices are objects that others may read (KEP-1645).
+pub const SLICES_PRESENT: &str = "Present";
 
 /// One of who exports.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
@@ -312,7 +319,11 @@ pub fn write_import(key: &ServiceKey, import: &Import) -> Result<ServiceImportRe
     Ok(ServiceImportResource {
         metadata,
         spec,
-        status: Some(ServiceImportStatus { clusters, conditions: Vec::new() }),
+        status: Some(ServiceImportStatus {
+            clusters,
+            conditions: Vec::new(),
+            endpoint_slice_objects: Some(SLICES_PRESENT.to_owned()),
+        }),
     })
 }
 

@@ -15,6 +15,7 @@ mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
@@ -146,14 +147,26 @@ impl Kubernetes {
             let condition = multicluster::import_condition(&import, was.as_ref(), generation, unix());
             let cluster = |c: &ClusterId| multicluster::ClusterStatus { cluster: c.to_string() };
             let clusters = import.clusters.iter().map(cluster).collect();
-            let new = multicluster::ServiceImportStatus { clusters, conditions: vec![condition] };
+            let older = self.writer.shared.older_imports.load(Ordering::Relaxed);
+            let new = multicluster::ServiceImportStatus {
+                clusters,
+                conditions: vec![condition],
+                endpoint_slice_objects: (!older).then(|| multicluster::SLICES_PRESENT.to_owned()),
+            };
             (was.as_ref() != Some(&new)).then_some(new)
         };
         let wanted = |there: Option<&Entry>| {
             // Gone again already: the next plan says whether it is made anew.
             Ok(there.and_then(|_| status(there)).map(|new| json!({ "metadata": {}, "status": new })))
         };
-        written |= self.writer.apply(&id, Part::Status, wanted).await?.is_some();
+        let applied = match self.writer.apply(&id, Part::Status, wanted).await {
+            Err(Error::Undeclared { .. }) => {
+                self.writer.shared.older_imports.store(true, Ordering::Relaxed);
+                self.writer.apply(&id, Part::Status, wanted).await?
+            }
+            other => other?,
+        };
+        written |= applied.is_some();
         let there = self.writer.entry(&id);
         if let (true, Some(new)) = (is_main(there.as_ref()), status(there.as_ref())) {
             // Clusters and conditions that somebody else put there.

@@ -1,6 +1,7 @@
 //! Watches the API server, and tells what the agent observes.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -36,11 +37,19 @@ pub(super) struct Shared {
     news: Notify,
     /// What each kind is served as, where that is known: the version to write.
     served: Mutex<BTreeMap<Source, ApiResource>>,
+    /// The cluster's definition of ServiceImports is older than `status.endpointSliceObjects` (mcs-api v0.5.2). A newer one
+    /// is noticed by the next process.
+    pub(super) older_imports: AtomicBool,
 }
 
 impl Shared {
     pub(super) fn new(tables: Tables) -> Self {
-        Self { tables: Mutex::new(tables), news: Notify::new(), served: Mutex::default() }
+        Self {
+            tables: Mutex::new(tables),
+            news: Notify::new(),
+            served: Mutex::default(),
+            older_imports: AtomicBool::new(false),
+        }
     }
 
     /// Looks at, or changes, what was told.

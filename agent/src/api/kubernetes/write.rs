@@ -293,6 +293,10 @@ fn attempt<T>(outcome: Outcome<T>, action: &'static str, id: &ObjectId) -> Attem
             };
             let cause = problem(&error);
             match code {
+                // Server-side apply tells so, with 500.
+                Some(_) if cause.contains("field not declared in schema") => {
+                    Attempt::Failed(Error::Undeclared { object, cause })
+                }
                 Some(409) => Attempt::Stale,
                 Some(404) => Attempt::Gone(Error::Refused { action, object, cause, invalid: false }),
                 Some(400 | 401 | 403 | 405 | 413 | 422) => {
