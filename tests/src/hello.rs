@@ -1,8 +1,9 @@
 //! The server of the conformance suite's pods: whoever connects, or sends a datagram, learns which address it reached.
 
-use std::io::{IoSlice, IoSliceMut, Write};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::socket::{
@@ -10,6 +11,11 @@ use nix::sys::socket::{
 };
 
 use crate::serve::plain;
+
+/// A client says no more for so long: it is through.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// What a client says is read so far, bytes.
+const MOST: u64 = 1 << 16;
 
 /// Serves on this port, TCP and UDP, until killed.
 ///
@@ -26,12 +32,18 @@ pub fn hello(port: u16) -> Result<()> {
             let _ = datagram(&udp);
         }
     });
-    for mut stream in tcp.incoming().flatten() {
-        if let Ok(reached) = stream.local_addr() {
-            let _ = stream.write_all(said(reached.ip()).as_bytes());
-        }
+    for stream in tcp.incoming().flatten() {
+        std::thread::spawn(move || answer(stream));
     }
     bail!("the server on port {port} ended")
+}
+
+/// Answers one connection. Closed with something unread, it would be reset, and the answer lost with it.
+fn answer(mut stream: TcpStream) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(said(stream.local_addr()?.ip()).as_bytes())?;
+    stream.shutdown(Shutdown::Write)?;
+    io::copy(&mut stream.take(MOST), &mut io::sink()).map(drop)
 }
 
 fn said(reached: IpAddr) -> String {

@@ -45,14 +45,17 @@ pub(crate) fn wire(place: &Place, node: &Node, on: &Place) -> Result<()> {
         cni6 = node.cni6,
     ))?;
     // The API server asks the kubelet at the node's address. Who asks for a Service from within the place, and is sent to
-    // a pod within it, must come from elsewhere: else the answer would not pass the node, which has to turn it back.
+    // a pod within it, must come from elsewhere: else the answer would not pass the node, which has to turn it back. Nor
+    // would it to an address of the pods' range, all of which is the place's.
     let (pods4, pods6) = (node.pods4, node.pods6);
     on.nft(&format!(
         "table inet kubelet {{\n chain prerouting {{\n  type nat hook prerouting priority dstnat - 1;\n  \
          ip daddr {} tcp dport {KUBELET} dnat ip to {own4}:{KUBELET}\n }}\n chain postrouting {{\n  \
-         type nat hook postrouting priority srcnat - 1;\n  ip saddr {own4} ip daddr {pods4} masquerade\n  \
-         ip6 saddr {own6} ip6 daddr {pods6} masquerade\n }}\n}}\n",
-        node.v4
+         type nat hook postrouting priority srcnat - 1;\n  ip saddr {own4} ip daddr {pods4} snat ip to {v4}\n  \
+         ip6 saddr {own6} ip6 daddr {pods6} snat ip6 to {v6}\n }}\n}}\n",
+        node.v4,
+        v4 = node.v4,
+        v6 = node.v6,
     ))
 }
 
@@ -92,7 +95,8 @@ impl Lab {
         };
         let bin = dir.join("bin");
         std::fs::create_dir_all(&bin)?;
-        for (applet, program) in [("sh", &busybox), ("echo", &busybox), ("nc", &nc), ("nslookup", &nslookup)] {
+        for (applet, program) in [("sh", &busybox), ("echo", &busybox), ("nc", &nc), ("nslookup", &nslookup)]
+        {
             std::os::unix::fs::symlink(program, bin.join(applet))?;
         }
         Ok(())
