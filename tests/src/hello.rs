@@ -1,8 +1,10 @@
-//! The server of the conformance suite's pods: whoever connects, or sends a datagram, learns which address it reached.
+//! The server of the conformance suite's pods: whoever connects, or sends a datagram, learns which pod it reached, by the
+//! first address of that.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -10,6 +12,8 @@ use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn6, recvmsg, sendmsg, setsockopt, sockopt,
 };
 
+use crate::kubernetes::find;
+use crate::program::STATE_DIR;
 use crate::serve::plain;
 
 /// A client says no more for so long: it is through.
@@ -47,7 +51,24 @@ fn answer(mut stream: TcpStream) -> io::Result<()> {
 }
 
 fn said(reached: IpAddr) -> String {
-    format!("pod ip {}\n", plain(reached))
+    let reached = plain(reached);
+    format!("pod ip {}\n", first_of(reached).unwrap_or(reached))
+}
+
+/// The first address of the pod that has this one, as the API server has it. That a pod has two it alone knows.
+fn first_of(address: IpAddr) -> Option<IpAddr> {
+    if address.is_ipv4() {
+        return None;
+    }
+    let kubeconfig = format!("--kubeconfig={STATE_DIR}/kubeconfig");
+    let list = "jsonpath={range .items[*]}{.status.podIPs[*].ip}{\"\\n\"}{end}";
+    let mut kubectl = Command::new(find("kubectl").ok()?);
+    let output =
+        kubectl.args([&kubeconfig, "get", "pods", "--all-namespaces", "--output", list]).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    let wanted = address.to_string();
+    let pod = text.lines().find(|line| line.split_whitespace().any(|ip| ip == wanted))?;
+    pod.split_whitespace().next()?.parse().ok()
 }
 
 /// Answers one datagram, from the address that it was sent to.

@@ -157,7 +157,11 @@ impl Server {
             let role = "rbac.authorization.k8s.io/v1";
             let role =
                 get_opt(&client, role, "ClusterRole", "", "system:service-account-issuer-discovery").await;
-            if namespace.is_ok_and(|found| found.is_some()) && role.is_ok_and(|found| found.is_some()) {
+            // Of a start before there are both; then it may yet know nothing of the kinds that were defined.
+            if namespace.is_ok_and(|found| found.is_some())
+                && role.is_ok_and(|found| found.is_some())
+                && self.kubectl(&["get", "--raw=/readyz"]).is_ok()
+            {
                 return;
             }
             let log = fs::read_to_string(file("api.log")).unwrap_or_default();
