@@ -93,14 +93,17 @@ pub fn up_by(brokers: &[&str]) -> Result<Lab> {
 pub fn down(lab: &Lab, cluster: &str) -> Result<()> {
     let nodes = &lab.topology().cluster(cluster)?.nodes;
     nodes.iter().try_for_each(|node| lab.kill_tree(&node.name, "agent"))?;
-    for node in nodes {
-        let place = lab.place(&node.name)?;
-        wait_until("the agent's sockets to be free", SOON, || {
-            place.run(|| std::net::TcpListener::bind("0.0.0.0:10053").map(drop))??;
-            Ok(())
-        })?;
-    }
-    Ok(())
+    nodes.iter().try_for_each(|node| port_free(lab, &node.name, 10053))
+}
+
+/// Waits until nobody has a TCP port of a place any more.
+pub fn port_free(lab: &Lab, place: &str, port: u16) -> Result<()> {
+    let place = lab.place(place)?;
+    wait_until("the port to be free", SOON, || {
+        place.run(|| std::net::TcpListener::bind(("0.0.0.0", port)).map(drop))??;
+        Ok(())
+    })
+    .map(drop)
 }
 
 /// Starts them again.

@@ -214,7 +214,8 @@ fn an_evil_broker_that_sends_no_messages_at_all() {
         let report = flow.stop_udp()?;
         ensure!(report.sent > 50 && report.lost == 0, "traffic suffered: {report:?}");
         // An honest one again: it goes on where it was.
-        runtime.shutdown_background();
+        runtime.shutdown_timeout(SOON);
+        honest::port_free(&lab, "broker", program::BROKER_PORT)?;
         lab.restart("broker", "broker").context("the honest broker")?;
         lab.export("us-east", "production", "web")?;
         wait_until("news", SOON, || {
