@@ -51,7 +51,7 @@ pub fn lane_mark(lane: Lane) -> u32 {
     u32::from(lane.get()) << 28
 }
 
-/// The lane of a table of ours, and that of lane 0.
+/// Of a table of ours: [`TABLE_OUT`] or [`TABLE_IN`], and the lane.
 pub fn table_lane(table: u32) -> Option<(u32, Lane)> {
     [TABLE_OUT, TABLE_IN].into_iter().find_map(|first| {
         let lane = Lane::new(table.checked_sub(first)?.try_into().ok()?)?;

@@ -4,8 +4,8 @@
 //! A key that fails is reported and left for the next time, while the others proceed. What is as it should be is not
 //! written: the second apply of the same makes no change ([`Writes`] counts).
 //!
-//! Our marks: links named `tombolo<n>` with alias `tombolo`; routes of tables 4510 and 4520 with protocol 98; rules with
-//! protocol 98; the nft table `inet tombolo`.
+//! Our marks: links named `tombolo<n>` with alias `tombolo`; routes of tables 4510 to 4517 and 4520 to 4527 with protocol
+//! 98; rules with protocol 98; the nft table `inet tombolo`.
 
 pub mod device;
 pub mod driver;
